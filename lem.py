@@ -1,0 +1,150 @@
+"""lem.py -- the Latent Embedding Module: where the visual prior comes from. Section 3.2, Eqs. 6-7.
+
+A picture that conditions its own generation must not say too much: handed the whole latent, the
+diffusion model would merely copy it. LEM is the bottleneck between the two. Its encoder reads all
+patches of a latent z_0 and writes what matters into N short vectors; its decoder unfolds them into
+one condition vector per patch, which the backbone (model.py) adds to its class and time embeddings.
+
+    z_0 (B, C, H, W) --encode, Eq. 6--> L_hat (B, N, d_e) --decode, Eq. 7--> e_s (B, T, d_l)
+
+Both halves are plain vision transformers (Dosovitskiy et al., 2020). There is no reconstruction
+loss: the gradient of the rectified-flow loss, through e_s, alone teaches LEM what is worth keeping.
+
+Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens, d_l width of LEM,
+N latent tokens of d_e numbers each.
+
+    python lem.py        # shapes and compression for the paper's DoD-B
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def sincos_2d(dim: int, rows: int, columns: int) -> torch.Tensor:
+    """PE of Eqs. 6-7: fixed 2-D sine-cosine position embedding -> (rows * columns, dim), row-major.
+
+    The first half of the channels encodes the row, the second the column, each as
+    [sin(w_k i), cos(w_k i)] with w_k = 10000^(-4k / dim), k = 0 .. dim/4 - 1.
+    Raises ValueError if dim is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(
+            f"a 2-D sine-cosine embedding needs a width that is a multiple of 4, not {dim}"
+        )
+    w = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [i.reshape(-1, 1) * w for i in (row, column)]  # 2 x (rows * columns, dim / 4)
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+def patchify(x: torch.Tensor, p: int) -> torch.Tensor:
+    """Cuts (B, C, H, W) into T = (H/p)(W/p) patches -> (B, T, p * p * C), row-major."""
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm block of the original ViT: self-attention, then a GELU MLP four times as wide."""
+
+    def __init__(self, d_l: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(d_l, eps=1e-6), nn.LayerNorm(d_l, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(d_l, 3 * d_l), nn.Linear(d_l, d_l)
+        self.mlp = nn.Sequential(nn.Linear(d_l, 4 * d_l), nn.GELU(), nn.Linear(4 * d_l, d_l))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, S, d_l) -> (B, S, d_l) for a sequence of any length S."""
+        qkv = self.qkv(self.norm1(x)).unflatten(
+            -1, (3, self.heads, -1)
+        )  # (B, S, 3, heads, d_l / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, d_l / heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, S, d_l)
+        x = x + self.proj(attended)
+        return x + self.mlp(self.norm2(x))
+
+
+class LEM(nn.Module):
+    """Latent Embedding Module: compresses z_0 into N x d_e numbers and unfolds them into e_s.
+
+    Eq. 6:  L_hat = Enc((e_p + PE) ⊕ L)        e_p: embedded patches of z_0, L: N learned tokens
+    Eq. 7:  e_s   = Dec((M + PE) ⊕ L_hat)      M: one learned mask token, repeated for every patch
+
+    The defaults are DoD-B's (Table 1; N and d_e: sections 4.2 and 3.3).
+    """
+
+    def __init__(
+        self,
+        latent_size: int = 32,
+        latent_channels: int = 4,
+        p: int = 2,
+        d_l: int = 768,
+        heads: int = 12,
+        encoder_depth: int = 8,
+        decoder_depth: int = 4,
+        N: int = 32,
+        d_e: int = 16,
+    ):
+        super().__init__()
+        self.p, self.N = p, N
+        side = latent_size // p
+        self.num_tokens = side * side
+
+        # Encoder, Eq. 6.
+        self.patch_embed = nn.Linear(p * p * latent_channels, d_l)
+        self.latent_tokens = nn.Parameter(torch.randn(N, d_l) * 0.02)  # L
+        self.encoder = nn.Sequential(*[ViTBlock(d_l, heads) for _ in range(encoder_depth)])
+        self.encoder_norm = nn.LayerNorm(d_l, eps=1e-6)
+        self.to_d_e = nn.Linear(d_l, d_e)  # the bottleneck
+
+        # Decoder, Eq. 7.
+        self.mask_token = nn.Parameter(torch.randn(d_e) * 0.02)  # M, shared by all patches
+        self.from_d_e = nn.Linear(d_e, d_l)
+        self.decoder = nn.Sequential(*[ViTBlock(d_l, heads) for _ in range(decoder_depth)])
+        self.decoder_norm = nn.LayerNorm(d_l, eps=1e-6)
+        # CHOICE: the paper names no output layer; Table 1's 86 M and Table 4's 24.6 include it.
+        self.head = nn.Linear(d_l, d_l)
+
+        # The frozen PE, in both widths: computed, so neither learned nor stored.
+        self.register_buffer("pos_encoder", sincos_2d(d_l, side, side), persistent=False)
+        self.register_buffer("pos_decoder", sincos_2d(d_e, side, side), persistent=False)
+
+    def encode(self, z: torch.Tensor) -> torch.Tensor:
+        """Eq. 6, L_hat = Enc((e_p + PE) ⊕ L): (B, C, H, W) latents -> (B, N, d_e) latent tokens."""
+        e_p = self.patch_embed(patchify(z, self.p)) + self.pos_encoder  # (B, T, d_l)
+        tokens = self.latent_tokens.expand(len(z), -1, -1).to(e_p.dtype)  # (B, N, d_l)
+        x = self.encoder(torch.cat([e_p, tokens], dim=1))  # (B, T + N, d_l)
+        return self.to_d_e(self.encoder_norm(x[:, self.num_tokens :]))  # only the N tokens go on
+
+    def decode(self, l_hat: torch.Tensor) -> torch.Tensor:
+        """Eq. 7, e_s = Dec((M + PE) ⊕ L_hat): (B, N, d_e) latent tokens -> (B, T, d_l)."""
+        mask = (self.mask_token + self.pos_decoder).expand(len(l_hat), -1, -1)  # (B, T, d_e)
+        x = self.from_d_e(torch.cat([mask.to(l_hat.dtype), l_hat], dim=1))  # (B, T + N, d_l)
+        x = self.decoder(x)
+        return self.head(self.decoder_norm(x[:, : self.num_tokens]))  # only the patches come out
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """LEM(z_0) of Eq. 5: latents (B, C, H, W) -> (B, T, d_l), a condition vector per patch."""
+        return self.decode(self.encode(z))
+
+
+def main() -> None:
+    """Follows one DoD-B latent through the bottleneck."""
+    lem, z = LEM(), torch.randn(1, 4, 32, 32)
+    with torch.no_grad():
+        l_hat = lem.encode(z)
+        e_s = lem.decode(l_hat)
+    parameters = sum(p.numel() for p in lem.parameters())
+    print(f"Latent Embedding Module of DoD-B: {parameters / 1e6:.2f} M parameters (Table 1: 86)")
+    print(f"  z_0    {tuple(z.shape)!s:18} {z.numel():7,} numbers   a 256 x 256 picture's latent")
+    print(
+        f"  L_hat  {tuple(l_hat.shape)!s:18} {l_hat.numel():7,} numbers   Eq. 6: all that is kept"
+    )
+    print(f"  e_s    {tuple(e_s.shape)!s:18} {e_s.numel():7,} numbers   Eq. 7: a vector per patch")
+    print(f"  compression {z.numel() // l_hat.numel()} : 1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+"""sample.py -- multi-stage sampling, with its codec, checkpoints, grids. Section 3.2, Fig. 3a.
+
+    stage 1   z_0^1 from noise, given the class                           Eq. 5, i = 1: S, no prior
+    stage i   z_0^i from fresh noise, given the class and LEM(z_0^(i-1))  Eq. 5, i > 1; guided
+
+Each stage is a complete run of the same model from t = 1 (noise) to t = 0 (data). An image's noise
+is a function of (seed, image number, stage), and the solver treats each image alone: a number is
+the same picture in any batch and on any number of processes, up to floating-point order.
+
+Shapes: B images, C channels, H x W latent, K classes; pictures: uint8 (B, channels, rows, columns).
+
+    python sample.py --ckpt out/letters/ckpt.pt --classes A-J --stages 3 --out grid.png
+    python sample.py --ckpt out/letters/ckpt.pt --prior picture.png --out variations.png
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from flow import dopri5, euler, guide
+from model import Config, DoD, UserError
+
+# ------------------------------------------------------------------------------ commands and files
+
+
+class Parser(argparse.ArgumentParser):
+    """Strict argparse: defaults in --help, no abbreviated flags, one-line errors, exit status 2."""
+
+    def __init__(self, description: str):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def at_least(kind: type, low: float, high: float = float("inf")) -> Callable:
+    """An argparse type: a finite number of `kind`, low <= number <= high."""
+
+    def number(text: str):
+        value = kind(text)
+        if not (low <= value <= high and abs(value) < float("inf")):
+            to = f" and at most {high:g}" if high < float("inf") else ""
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}{to}")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a script's main(). What the user can mend becomes one line on stderr, exit status 2."""
+    try:
+        main()
+    except (UserError, OSError, FloatingPointError) as error:
+        message = " ".join(str(error).split())
+        sys.stdout.flush()
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name; what is written there takes the place of `path` if all goes well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises UserError when `path` exists and may not be replaced."""
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path} exists; give another --out, or --overwrite to replace it")
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is CUDA where there is one, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name} is not to be had here; try --device cpu") from error
+
+
+# ---------------------------------------------------------------------------- pictures <-> latents
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture file, EXIF rotation applied. Raises UserError that names an unreadable file."""
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file)
+    except Exception as error:  # Pillow raises a dozen kinds for broken files
+        raise UserError(f"{path} is not a readable picture ({error})") from None
+
+
+def load_picture(path: Path, size: int, channels: int) -> torch.Tensor:
+    """A picture file -> uint8 (channels, size, size)."""
+    return fit_picture(open_picture(path), size, channels)
+
+
+def fit_picture(image: Image.Image, size: int, channels: int) -> torch.Tensor:
+    """-> uint8 (channels, size, size), grey for 1 channel, RGB for 3; resized and centre-cropped.
+
+    As ADM does: halved by a box filter while at least twice too large, then bicubic, then cropped.
+    """
+    image = image.convert("L" if channels == 1 else "RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+
+
+class Codec:
+    """Pictures <-> latents. This one works in pixel space: the latent is the picture in [-1, 1]."""
+
+    name = "none"
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, channels, height, width) -> float (B, C, H, W)."""
+        return images.float() / 127.5 - 1
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """float (B, C, H, W) -> uint8 (B, channels, height, width); inverse of encode."""
+        return (127.5 * latents.float() + 128).clamp(0, 255).byte()
+
+
+def load_codec(name: str) -> Codec:
+    """The codec that a data set or checkpoint names; 'none' is pixel space."""
+    if name != "none":
+        raise UserError(f"codec {name!r} is unknown; allowed: none")
+    return Codec()
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint of train.py: a plain dict of tensors, numbers, strings and lists.
+
+    weights_only=True: a pickle that carries code is refused, and nothing in it runs. Raises
+    UserError if the file is missing, truncated or something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] != "dod-1":
+            raise ValueError
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}; make one with train.py") from None
+    except Exception as error:  # a bad zip, a bad pickle, code in a pickle, no such key, ...
+        kind = type(error).__name__
+        raise UserError(f"{path} is not a (whole) checkpoint of train.py: {kind}") from None
+    return checkpoint
+
+
+def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> DoD:
+    """The EMA model of a checkpoint, ready to sample from."""
+    model = DoD(Config(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["ema"])
+    return model.to(device).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------- multi-stage sampling
+
+
+def noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -> torch.Tensor:
+    """z_1^i: standard normal (len(numbers), *shape), image n's a function of (seed, n, stage)."""
+    rngs = [np.random.default_rng((seed, n, stage)) for n in numbers]
+    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
+
+
+def sample_stage(model, z1, y, e_s, w, guide_on, solver, steps, watch):
+    """One stage of Fig. 3a, Eq. 4: noise z1 -> sample z0 (B, C, H, W), evaluations per image (B,).
+
+    y (B,) classes; e_s (B, T, d) visual prior, or None (S). With guidance w > 1 an evaluation runs
+    the network twice, each half with its cheapest modulation: v_c = v(class, e_s), and v_u = v(null
+    class, S) or, if guide_on = "prior", v(class, S). `watch` gets the times of the running images.
+    """
+    y_u = y if guide_on == "prior" and e_s is not None else torch.full_like(y, model.null_class)
+
+    def velocity(x, t, rows):
+        watch(t)
+        v_c = model(x, t, y[rows], None if e_s is None else e_s[rows])
+        return v_c if w == 1 else guide(v_c, model(x, t, y_u[rows]), w)
+
+    return euler(velocity, z1, steps) if solver == "euler" else dopri5(velocity, z1)
+
+
+@torch.no_grad()
+def generate(
+    model: DoD,
+    y: torch.Tensor,
+    stages: int = 2,
+    cfg: float | list[float] | None = None,
+    guide_on: str | None = None,
+    solver: str = "dopri5",
+    steps: int = 50,
+    seed: int = 0,
+    start: int = 0,
+    prior: torch.Tensor | None = None,
+    batch_size: int = 256,
+    progress: bool = False,
+    nfe: list | None = None,
+) -> list[torch.Tensor]:
+    """Multi-stage sampling (section 3.2): classes y (B,) -> [z_0^1, ..., z_0^stages], (B, C, H, W).
+
+    cfg          guidance w >= 1: one per stage, or one number for all that have a prior (others: 1)
+    guide_on     "both": the unguided half lacks class and prior; "prior": it keeps the class.
+                 None, here and for cfg: as the model's config says
+    solver       "dopri5" (adaptive, image by image) or "euler" (`steps` steps)
+    seed, start  image b is image number start + b of this seed
+    prior        (B, C, H, W) latents that serve stage 1 as a previous stage's samples
+    nfe          a list; each stage appends its evaluations per image (B,)
+    Raises UserError for a guidance below 1 or not one per stage.
+    """
+    config = model.config
+    w = config.cfg if cfg is None else cfg
+    if not isinstance(w, (list, tuple)):
+        w = [1.0 if i == 0 and prior is None else w for i in range(stages)]
+    if len(w) != stages or min(w) < 1:
+        raise UserError(f"guidance {w} for {stages} stages; each stage needs one w >= 1 (1: off)")
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    samples, evaluations = ([[] for _ in w] for _ in range(2))
+    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=len(y) * stages, desc="sampling", bar_format=form, disable=not progress) as bar:
+        for first in range(0, len(y), batch_size):
+            rows = slice(first, first + batch_size)
+            z0, b = None if prior is None else prior[rows].to(y.device), len(y[rows])
+            for i in range(stages):
+                end = stages * first + (i + 1) * b  # of the bar, when this stage is done
+                z1 = noise(shape, seed, range(start + first, start + first + b), i).to(y.device)
+                e_s = None if z0 is None else model.visual_prior(z0)  # once per stage
+                z0, n = sample_stage(
+                    model, z1, y[rows], e_s, w[i], guide_on or config.guide_on, solver, steps,
+                    watch=lambda t, end=end: bar.update(max(0, end - t.sum().item() - bar.n)),
+                )  # fmt: skip
+                samples[i].append(z0)
+                evaluations[i].append(n)
+        bar.update(bar.total - bar.n)
+    if nfe is not None:
+        nfe.extend(torch.cat(n) for n in evaluations)
+    return [torch.cat(z0) for z0 in samples]
+
+
+# ------------------------------------------------------------------------------------------- grids
+
+
+def draw_grid(blocks: list[tuple[str, torch.Tensor]], titles: list[str]) -> Image.Image:
+    """Pictures in labelled blocks of rows, as in Fig. 5: a block per stage, a column per title.
+
+    blocks: (label, uint8 (n, channels, rows, columns)), n a multiple of len(titles), row by row.
+    Small pictures are enlarged, without smoothing, by a whole factor to at least 64 pixels.
+    """
+    height, width = blocks[0][1].shape[-2:]
+    zoom = max(1, -(-64 // width))
+    cell_w, cell_h = width * zoom + 4, height * zoom + 4
+    font = ImageFont.load_default(size=max(12, min(24, cell_h // 5)))
+    words = [line for label, _ in blocks for line in label.split("\n")]
+    left, top = 16 + round(max(font.getlength(line) for line in words)), 36
+    heights = [len(images) // len(titles) * cell_h + 12 for _, images in blocks]
+    canvas = Image.new("RGB", (left + len(titles) * cell_w, top + sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        fitting = next(k for k in range(len(title), -1, -1) if font.getlength(title[:k]) <= cell_w)
+        place = (left + (column + 0.5) * cell_w, top / 2)
+        draw.text(place, title[:fitting], "black", font, anchor="mm")
+    for (label, images), block_height in zip(blocks, heights, strict=True):
+        draw.multiline_text((8, top), label, "black", font)
+        for i, image in enumerate(images.cpu()):
+            tile = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+            tile = tile.resize((width * zoom, height * zoom), Image.NEAREST)
+            row, column = divmod(i, len(titles))
+            canvas.paste(tile, (left + column * cell_w, top + row * cell_h))
+        top += block_height
+    return canvas
+
+
+# -------------------------------------------------------------------------------- the command
+
+
+def parse_classes(text: str, names: list[str]) -> list[int]:
+    """'A-J', '0-9', 'cat,dog', '207,360', 'A-C,F' -> class numbers; a name goes before a number."""
+
+    def number(word: str) -> int | None:
+        if word in names:
+            return names.index(word)
+        return int(word) if word.isdecimal() and int(word) < len(names) else None
+
+    chosen = []
+    for word in (word.strip() for word in text.split(",")):
+        cuts = [i for i, letter in enumerate(word) if letter == "-"]
+        spans = [(word, word)] + [(word[:i], word[i + 1 :]) for i in cuts]
+        spans = [(number(first), number(last)) for first, last in spans]
+        span = next((s for s in spans if None not in s and s[0] <= s[1]), None)
+        if span is None:
+            known = ", ".join(names[:12]) + ", ..." * (len(names) > 12)
+            advice = "give names, numbers, ranges like 0-3, with commas between"
+            raise UserError(f"class {word!r} is unknown; there are {known}; {advice}")
+        chosen += range(span[0], span[1] + 1)
+    return chosen
+
+
+def scales(text: str) -> list[float]:
+    """An argparse type: guidance scales, each at least 1, with commas between."""
+    return [at_least(float, 1)(word) for word in text.split(",")]
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("Samples from a checkpoint, stage by stage, into one labelled picture.")
+    add = parser.add_argument
+    # fmt: off
+    add("--ckpt", required=True, help="checkpoint of train.py")
+    add("--classes", help="names, numbers, ranges: A-J or 0-9 or cat,dog; unset: ten")
+    add("--per-class", type=at_least(int, 1), default=4, help="pictures of each class")
+    add("--stages", type=at_least(int, 1), default=2, help="1: class alone, no prior")
+    add("--cfg", type=scales, help="w of stages 2, 3, ..., of --prior's blocks")
+    add("--cfg-stage1", type=at_least(float, 1), default=1.0, help="of stage 1; 1: off")
+    add("--guide-on", choices=["both", "prior"], help="what v_u of guidance lacks")
+    add("--solver", choices=["dopri5", "euler"], default="dopri5", help="RK45 or Euler's method")
+    add("--steps", type=at_least(int, 1), default=50, help="Euler steps per stage")
+    add("--prior", help="a picture of yours as the visual prior: variations of it")
+    add("--seed", type=at_least(int, 0), default=0, help="same seed, same pictures")
+    add("--batch-size", type=at_least(int, 1), default=256, help="pictures at a time")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--out", default="samples.png", help="picture to write")
+    add("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace --out")
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    refuse_existing(args.out, args.overwrite)
+    checkpoint, device = load_checkpoint(args.ckpt), pick_device(args.device)
+    model, codec = load_model(checkpoint, device), load_codec(checkpoint["codec"])
+    names = [*checkpoint["classes"], ""]  # the last is the null class
+    classes = [model.null_class] if args.prior else [*range(len(names) - 1)][:10]
+    if args.classes:
+        classes = parse_classes(args.classes, names[:-1])
+    y, titles = torch.tensor(classes * args.per_class, device=device), [names[k] for k in classes]
+    if len(classes) == 1:  # one class: side by side
+        titles = titles * args.per_class
+
+    began, blocks, nfe, w = time.time(), [], [], args.cfg or [model.config.cfg]
+    rest = (args.guide_on, args.solver, args.steps, args.seed, 0)
+    if args.prior:
+        picture = load_picture(args.prior, checkpoint["image_size"], checkpoint["channels"])
+        z0 = codec.encode(picture[None].to(device)).expand(len(y), -1, -1, -1)
+        blocks = [("yours", codec.decode(z0[: len(titles)]))]
+        for w_i in w:
+            z, *_ = generate(model, y, 1, [w_i], *rest, z0, args.batch_size, True, nfe)
+            blocks.append((f"w = {w_i:g}", codec.decode(z)))
+    else:
+        w = [args.cfg_stage1, *w, *w[-1:] * args.stages][: args.stages]
+        samples = generate(model, y, args.stages, w, *rest, None, args.batch_size, True, nfe)
+        for i, z in enumerate(samples):
+            blocks.append((f"stage {i + 1}\nw = {w[i]:g}", codec.decode(z)))
+    with replacing(args.out) as temporary:
+        draw_grid(blocks, titles).save(temporary)
+    spent = ", ".join(f"{n.double().mean():.1f}" for n in nfe)
+    print(f"wrote {args.out}: {len(y)} pictures per block in {time.time() - began:.1f} s")
+    print(f"evaluations per picture: {spent}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,664 @@
+"""test_dod.py -- one test or more per equation, table and promise. Run: python -m pytest -q
+
+The truths are exact where they can be: closed forms, identities, SciPy. Tests are named after what
+the paper says; the README's map lists them beside the equations.
+"""
+
+import itertools
+import json
+import math
+import pickle
+import re
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.integrate import solve_ivp
+
+import flow
+import lem
+import model
+import sample
+import train
+from model import CONFIGS, Config, DoD
+
+HERE = Path(__file__).parent
+TINY = Config(
+    depth=2, d=32, heads=2, r=4, encoder_depth=1, decoder_depth=1, d_l=16, lem_heads=2, N=3, d_e=8,
+    p=2, latent_size=8, latent_channels=3, num_classes=5,
+)  # fmt: skip
+
+
+def awake(config: Config = TINY, seed: int = 0) -> DoD:
+    """A DoD whose zero-initialised layers are not zero, so that every input matters."""
+    torch.manual_seed(seed)
+    dod = DoD(config)
+    for p in dod.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return dod.eval()
+
+
+def batch(n: int = 6, config: Config = TINY, seed: int = 0):
+    """-> x0, x1 (n, C, H, W), y, t (n,)."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (n, config.latent_channels, config.latent_size, config.latent_size)
+    x0, x1 = torch.randn(2, *shape, generator=g)
+    return x0, x1, torch.arange(n) % config.num_classes, torch.rand(n, generator=g)
+
+
+def close(a, b, tolerance: float = 1e-5) -> bool:
+    return torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
+
+
+def run(module, *argv: str) -> int:
+    """A script's command in this process -> its exit status."""
+    before, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, argv)]
+    try:
+        sample.run_command(module.main)
+        return 0
+    except SystemExit as leave:
+        return leave.code
+    finally:
+        sys.argv = before
+
+
+# ------------------------------------------------------------------ Eqs. 1-4, 11: rectified flow
+
+
+def test_eq1_the_path_joins_data_and_noise_at_constant_velocity():
+    x0, x1, _, t = batch()
+    assert torch.equal(flow.interpolate(x0, x1, torch.zeros(6)), x0)
+    assert torch.equal(flow.interpolate(x0, x1, torch.ones(6)), x1)
+    step = flow.interpolate(x0, x1, t + 0.25) - flow.interpolate(x0, x1, t)
+    assert close(step / 0.25, x1 - x0)
+
+
+def test_eq2_and_eq4_euler_is_exact_on_straight_paths_and_counts_its_evaluations():
+    x0, x1, _, _ = batch()
+    for steps in (1, 3, 10):
+        found, nfe = flow.euler(lambda x, t, rows: (x1 - x0)[rows], x1, steps)
+        assert close(found, x0) and nfe.tolist() == [steps] * 6
+    with pytest.raises(ValueError, match="at least 1"):
+        flow.euler(lambda x, t, rows: x, x1, 0)
+
+
+def test_eq3_the_loss_is_zero_for_the_true_velocity_and_known_for_none():
+    x0, x1, y, t = batch(4000)
+    truth = lambda x_t, t, y, e_s: (x1 - x0) * 1  # noqa: E731
+    assert flow.rectified_flow_loss(truth, x0, y, x1, t, [False] * 4000).max() == 0
+    # A fresh DoD says v = 0: the loss of an image is |x_1 - x_0|^2, on average 1 + |x_0|^2 = 2 here.
+    loss = flow.rectified_flow_loss(DoD(TINY), x0[:6], y[:6], x1[:6], t[:6], [True, False] * 3)
+    assert close(loss, (x1 - x0)[:6].square().flatten(1).mean(1))
+    nothing = lambda x_t, t, y, e_s: torch.zeros_like(x_t)  # noqa: E731
+    assert abs(flow.rectified_flow_loss(nothing, x0, y, x1, t, [False] * 4000).mean() - 2) < 0.02
+
+
+def test_eq3_each_image_sees_its_own_prior_or_the_sample_token():
+    dod, (x0, x1, y, t), keep = awake(), batch(7), [True, False, False, True, True, False, True]
+    loss = flow.rectified_flow_loss(dod, x0, y, x1, t, keep)
+    assert close(loss, train.naive_loss(dod, x0, y, x1, t, keep))
+    for i, kept in enumerate(keep):
+        e_s = dod.visual_prior(x0[i : i + 1]) if kept else None
+        v = dod(flow.interpolate(x0, x1, t)[i : i + 1], t[i : i + 1], y[i : i + 1], e_s)
+        assert close(loss[i], (x1[i] - x0[i] - v[0]).square().mean())
+
+
+def oscillator(x, t, rows=None):
+    """dx/dt = A x + sin(5 t): smooth, and stiff enough to make steps differ between images."""
+    A = torch.tensor([[0.0, 3.0], [-3.0, -0.5]], dtype=x.dtype)
+    return x @ A.T + torch.sin(5 * t)[:, None]
+
+
+def test_eq4_rk45_reaches_closed_forms():
+    x1 = torch.randn(5, 3, 2, dtype=torch.float64)
+    for f, exact in [
+        (lambda x, t, rows: x, x1 * math.exp(-1)),
+        (lambda x, t, rows: 3 * t[:, None, None] ** 2 + 0 * x, x1 - 1),
+        (lambda x, t, rows: x.square() * 0 + (x1[rows] - 1), torch.ones_like(x1)),
+    ]:
+        assert close(flow.dopri5(f, x1, 1e-9, 1e-9)[0], exact, 1e-7)
+
+
+def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
+    x1 = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x1[3] = 0  # takes another branch of Hairer's first step
+    ring = flow.mixture_velocity(torch.tensor([[2.0, 0.0], [-1.0, 1.0]], dtype=torch.float64), 0.1)
+    for f in (oscillator, ring):
+        for rtol, atol in ((1e-3, 1e-6), (1e-7, 1e-9)):
+            x0, nfe = flow.dopri5(f, x1, rtol, atol)
+            for i in range(8):
+                g = lambda t, x: f(torch.tensor(x)[None], torch.tensor([t]), None)[0].numpy()  # noqa: E731, B023
+                scipy = solve_ivp(g, (1, 0), x1[i].numpy(), "RK45", rtol=rtol, atol=atol)
+                assert scipy.nfev == nfe[i]
+                assert np.abs(scipy.y[:, -1] - x0[i].numpy()).max() < 1e-7
+
+
+def test_eq4_rk45_is_of_order_five_and_its_error_estimate_too():
+    errors, estimates = [], []
+    x1, rows = torch.ones(1, 2, dtype=torch.float64), torch.arange(1)
+    exact, _ = flow.dopri5(oscillator, x1, 1e-13, 1e-13)
+    for n in (16, 32, 64):
+        x, t, h = x1, torch.ones(1, dtype=torch.float64), torch.full((1,), 1 / n).double()
+        k = oscillator(x, t)
+        for i in range(n):
+            x, estimate, k = flow.rk45_step(oscillator, x, t - i * h, h, k, rows)
+            if i == 0:
+                estimates.append(estimate.norm().item())
+        errors.append((x - exact).norm().item())
+    assert 4.7 < math.log2(errors[0] / errors[1]) < 5.5 > math.log2(errors[1] / errors[2]) > 4.7
+    assert 4.7 < math.log2(estimates[1] / estimates[2]) < 5.5  # of one step: O(h^5)
+
+
+def test_eq4_rk45_does_not_depend_on_the_batch_and_stays_within_0_and_1():
+    x1 = torch.randn(6, 2, dtype=torch.float64) * torch.arange(1, 7)[:, None] ** 2
+    seen = []
+
+    def f(x, t, rows):
+        seen.append(t)
+        return oscillator(x, t).sin() * (1 + rows[:, None])
+
+    x0, nfe = flow.dopri5(f, x1)
+    assert torch.cat(seen).min() == 0 and torch.cat(seen).max() == 1 and nfe.unique().numel() > 1
+    for i in range(6):
+        alone, n = flow.dopri5(lambda x, t, rows, i=i: f(x, t, rows + i), x1[i : i + 1])
+        assert close(alone[0], x0[i], 1e-12) and n == nfe[i]
+
+
+def test_eq4_solvers_stop_when_the_velocity_is_not_finite_or_the_step_vanishes():
+    x1 = torch.ones(2, 3, dtype=torch.float64)
+    for solver in (flow.dopri5, lambda f, x: flow.euler(f, x, 9)):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            solver(lambda x, t, rows: x / (t > 0.5)[:, None], x1)
+    rng = np.random.default_rng(0)
+    with pytest.raises(FloatingPointError, match="too small"):
+        flow.dopri5(lambda x, t, rows: torch.from_numpy(rng.normal(size=x.shape) * 1e30), x1)
+
+
+def test_eq11_times_are_logit_normal():
+    t = flow.logit_normal(200_000, np.random.default_rng(0)).double()
+    assert 0 < t.min() and t.max() < 1
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    expected = torch.special.ndtri(quantiles).sigmoid()
+    assert close(t.quantile(quantiles), expected, 4e-3)
+
+
+@pytest.mark.parametrize("p_s", [0, 0.25, 0.5, 0.75, 0.9, 1])
+def test_section_3_3_exactly_p_s_of_a_batch_lose_their_prior(p_s):
+    for n in (1, 2, 5, 8, 63, 64, 256):
+        keep = flow.keeps_prior(n, p_s)
+        assert len(keep) == n and n - sum(keep) == round(p_s * n)
+        for part in (keep[: n // 2], keep[n // 3 :]):  # so does every contiguous share of it
+            assert abs((len(part) - sum(part)) - p_s * len(part)) <= 1
+
+
+def test_guidance_is_off_at_1_linear_in_w_and_refused_below_1():
+    v_c, v_u = torch.randn(2, 4, 3, 2, 2)
+    assert close(flow.guide(v_c, v_u, 1), v_c)
+    assert close(flow.guide(v_c, v_u, 5.5), 5.5 * v_c - 4.5 * v_u)
+    for w in (0.99, -1, float("nan")):
+        with pytest.raises(ValueError, match="at least 1"):
+            flow.guide(v_c, v_u, w)
+
+
+# ------------------------------------------------------------------ Eqs. 5-10: the model
+
+
+def test_eq5_first_stage_uses_the_sample_token():
+    dod, (_, x_t, y, t) = awake(), batch()
+    no_prior = dod(x_t, t, y)
+    S = dod.S.expand(6, TINY.num_tokens, -1)
+    assert close(no_prior, dod(x_t, t, y, S))  # c per image equals c per token
+    assert close(no_prior, dod(x_t, t, y, dod.S.expand(6, 1, -1)))
+    no_prior.sum().backward()
+    assert dod.S.grad.abs().sum() > 0 and dod.lem.mask_token.grad is None
+    dod.S.data += 1
+    assert not close(no_prior, dod(x_t, t, y))
+    e_s = dod.visual_prior(x_t)
+    with_prior = dod(x_t, t, y, e_s)
+    dod.S.data += 1
+    assert torch.equal(with_prior, dod(x_t, t, y, e_s))  # with a prior S plays no part
+
+
+def test_eq5_the_prior_conditions_each_token_and_class_and_time_matter():
+    dod, (x0, x_t, y, t) = awake(), batch()
+    e_s = dod.visual_prior(x0)
+    assert e_s.shape == (6, TINY.num_tokens, TINY.d)
+    v = dod(x_t, t, y, e_s)
+    others = [dod(x_t, t, y, e_s.roll(1, 1)), dod(x_t, t, y.roll(1), e_s), dod(x_t, t / 2, y, e_s)]
+    assert not any(close(v, other) for other in others)
+    assert v.shape == x_t.shape and len(dod.label.weight) == TINY.num_classes + 1
+
+
+def test_eq6_eq7_all_that_passes_is_n_times_d_e_numbers():
+    dod, (x0, _, _, _) = awake(), batch()
+    l_hat = dod.lem.encode(x0)
+    assert l_hat.shape == (6, TINY.N, TINY.d_e)
+    dod.lem.encode = lambda z: l_hat  # whatever the picture, equal tokens give an equal prior
+    assert torch.equal(dod.visual_prior(x0), dod.visual_prior(x0.flip(0)))
+
+
+def test_eq6_eq7_gradients_reach_every_part_of_lem():
+    dod, (x0, x1, y, t) = awake(), batch()
+    flow.rectified_flow_loss(dod, x0, y, x1, t, flow.keeps_prior(6, 0.5)).mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dod.parameters())
+
+
+def test_eq6_eq7_positions_are_frozen_sines_and_cosines():
+    pe = lem.sincos_2d(16, 3, 5)
+    for row in range(3):
+        for column in range(5):
+            w = 10000.0 ** (-np.arange(4) / 4)
+            expected = [f(i * w) for i in (row, column) for f in (np.sin, np.cos)]
+            assert np.allclose(pe[row * 5 + column], np.concatenate(expected), atol=1e-6)
+    names = [name for name, _ in DoD(TINY).named_parameters()]
+    assert not any("pos_" in name for name in [*names, *DoD(TINY).state_dict()])
+    with pytest.raises(ValueError, match="multiple of 4"):
+        lem.sincos_2d(6, 2, 2)
+
+
+def test_eq7_without_positions_all_patches_would_be_alike():
+    dod, (x0, _, _, _) = awake(), batch()
+    assert dod.lem(x0).std(1).min() > 0
+    dod.lem.pos_decoder.zero_()
+    assert dod.lem(x0).std(1).max() < 1e-5
+
+
+def test_eq8_swiglu_is_the_written_out_formula():
+    ffn, x = model.SwiGLU(12), torch.randn(5, 12)
+    (W, b), (V, c), (U, d) = ((m.weight, m.bias) for m in (ffn.W_1, ffn.W_2, ffn.W_3))
+    gate = x @ W.T + b
+    assert W.shape == (32, 12)
+    assert close(ffn(x), (gate * gate.sigmoid() * (x @ V.T + c)) @ U.T + d)
+
+
+def test_eq9_attention_is_the_written_out_formula_with_the_scale_1_over_sqrt_d_k():
+    attention, x = model.Attention(16, 2), torch.randn(3, 9, 16) * 100
+    cos, sin = model.rope_2d(8, 3)
+    q, k, v = attention.qkv(x).reshape(3, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    q, k = (model.rotate(F.layer_norm(u, [8], eps=1e-6), cos, sin) for u in (q, k))
+    logits = q @ k.transpose(-1, -2) / math.sqrt(8)
+    assert logits.abs().max() <= math.sqrt(8) + 1e-4  # LN bounds |q| and |k| by sqrt(d_k)
+    out = (logits.softmax(-1) @ v).transpose(1, 2).reshape(3, 9, 16)
+    assert close(attention(x, cos, sin), attention.proj(out), 1e-3)
+
+
+def test_eq9_rope_depends_on_relative_rows_and_columns_only():
+    cos, sin = model.rope_2d(16, 6)
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 36, 16)
+    dots = (model.rotate(q, cos, sin) @ model.rotate(k, cos, sin).transpose(-1, -2))[0, 0]
+    dots = dots.reshape(6, 6, 6, 6)  # (row, column) of q, (row, column) of k
+    assert close(dots[0, 0, 2, 1], dots[3, 4, 5, 5]) and close(dots[4, 2, 1, 3], dots[5, 1, 2, 2])
+    assert not close(dots[0, 0, 2, 1], dots[0, 0, 1, 2])  # rows are not columns
+    assert close(model.rotate(q, cos, sin).norm(dim=-1), q.norm(dim=-1))
+
+
+def test_eq10_modulation_is_a_shared_part_plus_a_block_s_part_of_rank_r():
+    dod, seen = awake(), []
+    for block in dod.blocks:
+        block.register_forward_hook(lambda b, inputs, _: seen.append((b, inputs)))
+    _, x_t, y, t = batch(40)
+    dod(x_t, t, y)
+    (first, (_, silu_c, global_S, *_)), (second, inputs) = seen
+    assert inputs[2] is global_S and close(global_S, dod.W_g(silu_c))  # W^g c, computed once
+    for block in (first, second):
+        own = block.W_2(block.W_1(silu_c))[:, 0] - block.W_2.bias
+        own = own - own.mean(0)
+        assert torch.linalg.matrix_rank(own, rtol=1e-4) <= TINY.r < 40
+    assert not close(first.W_2.weight, second.W_2.weight)
+
+
+def test_eq10_the_order_is_shifts_scales_gates():
+    block, d = model.Block(TINY), TINY.d
+    x, cos_sin = torch.randn(2, 16, d), model.rope_2d(16, 4)
+    S = torch.randn(2, 1, 6 * d)
+    beta_1, beta_2, gamma_1, gamma_2, alpha_1, alpha_2 = S.reshape(2, 1, 6, d).unbind(2)
+    for p in (*block.W_1.parameters(), *block.W_2.parameters()):
+        p.data.zero_()
+    norm = lambda u: F.layer_norm(u, [d], eps=1e-6)  # noqa: E731
+    h = x + alpha_1 * block.attention(norm(x) * (1 + gamma_1) + beta_1, *cos_sin)
+    expected = h + alpha_2 * block.ffn(norm(h) * (1 + gamma_2) + beta_2)
+    assert close(block(x, torch.zeros(2, 1, d), S, *cos_sin), expected, 1e-4)
+
+
+def test_table1_parameters():
+    paper = {"DoD-S": (27, 21), "DoD-B": (105, 86), "DoD-XL": (527, 86)}
+    paper |= {"FiTv2-B": (128, 0), "FiTv2-XL": (671, 0)}
+    for name, expected in paper.items():
+        assert tuple(round(n / 1e6) for n in model.count_parameters(CONFIGS[name])) == expected
+    built = sum(p.numel() for p in DoD(TINY).parameters())
+    assert sum(model.count_parameters(TINY)) == built
+
+
+def test_table4_compute():
+    giga = {name: n / 1e9 for name, n in model.count_macs(CONFIGS["DoD-B"]).items()}
+    assert round(giga["lem"], 1) == 24.6 and round(giga["e_s"], 1) == 26.4
+    assert round(giga["s"], 1) == 21.8
+    evaluations = 30 * giga["s"] + 30 * (giga["s"] + giga["e_s"] - giga["prior_mlp"])
+    assert evaluations + giga["lem"] + giga["prior_mlp"] <= 2116  # the paper: 2409.6
+    assert abs(model.count_macs(CONFIGS["FiTv2-B"])["s"] / 1e9 - 27.3) < 0.1
+
+
+def test_any_size_channels_and_classes_work_and_bad_sizes_are_refused():
+    for size, channels, classes, p in ((4, 1, 2, 1), (12, 5, 3, 4), (10, 3, 1, 5)):
+        config = replace(TINY, latent_size=size, latent_channels=channels, num_classes=classes, p=p)
+        x, _, y, t = batch(2, config)
+        dod = awake(config)
+        assert dod(x, t, y, dod.visual_prior(x)).shape == x.shape
+        assert torch.equal(dod.unpatchify(lem.patchify(x, p)), x)
+    for wrong in (dict(p=3), dict(depth=0), dict(heads=3), dict(d_e=6), dict(lem_heads=5)):
+        with pytest.raises(model.UserError):
+            replace(TINY, **wrong)
+    fit = DoD(replace(TINY, N=0))
+    with pytest.raises(model.UserError, match="stage 1 only"):
+        fit.visual_prior(batch()[0])
+
+
+# ------------------------------------------------------------------ training, sections 3.3 and 4.1
+
+QUICK = ["--data", "digits", "--batch-size", "8", "--log-every", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a finished run of six steps on the digits."""
+    out = tmp_path_factory.mktemp("run") / "digits"
+    assert run(train, *QUICK, "--steps", 6, "--out", out) == 0
+    return out
+
+
+def small_run(**flags) -> train.Run:
+    args = train.parse([*QUICK, *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())])
+    return train.Run(args, TINY)
+
+
+def test_section_4_1_ema_is_the_written_out_average_with_warm_up():
+    ema, dod = awake(seed=1), awake(seed=2)
+    a, b = ema.W_g.weight.clone(), dod.W_g.weight
+    train.ema_update(ema, dod, 5)
+    assert close(ema.W_g.weight, 6 / 15 * a + 9 / 15 * b)
+    a = ema.W_g.weight.clone()
+    train.ema_update(ema, dod, 10**6)
+    assert close(ema.W_g.weight, 0.999 * a + 0.001 * b, 1e-7)
+
+
+def test_classes_drop_at_their_rate_independently_of_the_prior_and_pictures_flip():
+    run = small_run(class_dropout=0.1)
+    run.args.flip, images = True, torch.arange(8, dtype=torch.uint8).expand(4000, 3, 8, 8)
+    x0, x1, y, t = run.prepare(3, images, torch.zeros(4000, dtype=torch.long))
+    dropped, keep = y == TINY.num_classes, torch.tensor(flow.keeps_prior(4000, 0.5))
+    for group in (dropped, dropped[keep], dropped[~keep]):
+        assert abs(group.double().mean() - 0.1) < 0.02
+    flipped = x0[:, 0, 0, 0] > 7 / 127.5 - 1.001
+    assert abs(flipped.double().mean() - 0.5) < 0.03 and abs(x1.std() - 1) < 0.01
+    again = run.prepare(3, images, torch.zeros(4000, dtype=torch.long))
+    assert all(map(torch.equal, (x0, x1, y, t), again))  # a function of (seed, step)
+    assert not torch.equal(x1, run.prepare(4, images, y)[1])
+
+
+def test_batches_are_seeded_permutations_and_start_anywhere():
+    whole = list(train.batches(10, 4, 7, range(10)))
+    seen = sum(whole, [])
+    assert all(sorted(seen[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))
+    assert seen[:10] != seen[10:20] and list(train.batches(10, 4, 7, range(6, 10))) == whole[6:]
+    assert list(train.batches(3, 8, 7, range(1)))[0][:3] != [0, 0, 0]  # a batch beyond the data set
+
+
+def test_one_batch_can_be_learned_by_heart():
+    run, (x0, x1, y, t) = small_run(lr=3e-3), batch(4)
+    losses = [run.step(n, x0, x1, y, t)[0].mean().item() for n in range(300)]
+    assert np.mean(losses[-5:]) < losses[0] / 10
+
+
+def test_resuming_equals_never_having_stopped_bit_for_bit(trained, tmp_path, monkeypatch):
+    whole = sample.load_checkpoint(trained / "ckpt.pt")
+    step = train.Run.step
+
+    def interrupted(self, n, *rest):  # Ctrl-C during step 3: it is finished and saved
+        if n == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, n, *rest)
+
+    monkeypatch.setattr(train.Run, "step", interrupted)
+    assert run(train, *QUICK, "--steps", 6, "--out", tmp_path) == 130
+    monkeypatch.undo()
+    assert sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+    assert not list(tmp_path.glob(".*"))  # no temporary file is left
+    assert run(train, *QUICK, "--steps", 6, "--out", tmp_path, "--resume") == 0
+    parts = sample.load_checkpoint(tmp_path / "ckpt.pt")
+    for part in ("model", "ema"):
+        assert all(torch.equal(parts[part][name], whole[part][name]) for name in whole[part])
+    for name, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(parts["optimizer"]["state"][name][k], state[k]) for k in state)
+    logs = [(out / "log.jsonl").read_text().splitlines() for out in (trained, tmp_path)]
+    assert [json.loads(line)["step"] for line in logs[1]] == [2, 3, 4, 6]
+    assert json.loads(logs[0][-1])["grad_norm"] == json.loads(logs[1][-1])["grad_norm"]
+
+
+def test_a_run_leaves_checkpoint_log_and_pictures(trained):
+    assert {p.name for p in trained.iterdir()} == {
+        "ckpt.pt", "log.jsonl", "loss.png", "samples.png",
+    }  # fmt: skip
+    record = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
+    assert record["step"] == 6 and len(record["loss_by_time"]) == 4 and record["images_per_s"] > 0
+    with Image.open(trained / "samples.png") as picture:
+        assert picture.width > 10 * 64 and picture.height > 4 * 4 * 64
+
+
+def test_letters_are_a_function_of_their_number_and_held_out_ones_are_others():
+    pictures, held_out = train.load_data("letters", 16, 3, 0.1)
+    assert len(pictures) == 22_500 and len(held_out) == 2_500
+    images = torch.stack([pictures[i][0] for i in range(60)])
+    again = torch.stack([train.load_data("letters", 16, 3, 0.1)[0][i][0] for i in range(60)])
+    assert torch.equal(images, again) and len(images.unique(dim=0)) == 60
+    assert np.array(train.draw_letter(7, 32)).shape == (32, 32, 3)
+    assert np.bincount(pictures.labels).min() > 2_000
+    a, b = (train.load_data("digits", 8, 1, 0.2)[k] for k in (0, 1))
+    assert len(a) + len(b) == 1797 and len(b) == 359 and a[0][0].shape == (1, 8, 8)
+
+
+def test_folders_of_odd_pictures_are_read(tmp_path):
+    for name, mode, size in [
+        ("a/grey.png", "L", (40, 9)), ("a/palette.PNG", "P", (9, 30)), ("b/deep/cmyk.JPEG", "CMYK", (64, 64)),
+        ("b/alpha.webp", "RGBA", (5, 7)), ("b/dot.bmp", "RGB", (1, 1)),
+    ]:  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, size, 200 if mode in "LP" else None).save(tmp_path / name)
+    turned, exif = Image.new("RGB", (8, 4), "white"), Image.Exif()
+    turned.paste("black", (0, 0, 4, 4))
+    exif[0x0112] = 6  # EXIF: turn by 90 degrees when showing
+    turned.save(tmp_path / "a/turned.png", exif=exif)
+    pictures, _ = train.load_data(str(tmp_path), 8, 3, 0)
+    assert pictures.classes == ["a", "b"] and sorted(pictures.labels) == [0, 0, 0, 1, 1, 1]
+    assert {pictures[i][0].shape for i in range(6)} == {(3, 8, 8)}
+    image = sample.load_picture(tmp_path / "a/turned.png", 4, 1)
+    assert image[0, 0].max() < 99 and image[0, -1].min() > 150  # black is on top now
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def test_pixels_survive_the_codec():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    codec = sample.load_codec("none")
+    z = codec.encode(images)
+    assert z.min() == -1 and z.max() == 1 and torch.equal(codec.decode(z), images)
+    assert codec.decode(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+def test_an_image_does_not_depend_on_its_batch(solver, monkeypatch):
+    # In double precision: in single, rounding may tip RK45 into other steps, equal to its tolerance.
+    noise, dod, y, nfe = sample.noise, awake().double(), torch.arange(5), [[], [], []]
+    monkeypatch.setattr(sample, "noise", lambda *a: noise(*a).double())
+    go = lambda y, n, **k: sample.generate(dod, y, 2, None, None, solver, 4, 3, nfe=n, **k)  # noqa: E731
+    together, parts = go(y, nfe[0]), go(y, nfe[1], batch_size=2)
+    last = go(y[3:], nfe[2], start=3)
+    for stage in (0, 1):
+        assert close(together[stage], parts[stage], 1e-9)
+        assert close(together[stage][3:], last[stage], 1e-9)
+        assert torch.equal(nfe[0][stage], nfe[1][stage]) and len(nfe[0][stage]) == 5
+    assert solver == "dopri5" or nfe[0][0].tolist() == [4] * 5
+    assert not close(together[0][0], sample.generate(dod, y[:1], 1, seed=4)[0][0])
+
+
+def test_fig3a_each_stage_is_guided_by_the_stage_before(monkeypatch):
+    dod, y, calls = awake(), torch.tensor([1, 4]), []
+    forward, visual_prior = dod.forward, dod.visual_prior
+    dod.forward = lambda x, t, y, e_s=None: calls.append((y, e_s)) or forward(x, t, y, e_s)
+    dod.visual_prior = lambda z: calls.append(z) or visual_prior(z)
+    z = sample.generate(dod, y, 3, [1, 2, 2], solver="euler", steps=2)
+    # Stage 1 is unguided: one evaluation a step, with S. Then LEM once, and two evaluations a step.
+    assert [isinstance(c, tuple) for c in calls] == [True] * 2 + ([False] + [True] * 4) * 2
+    assert torch.equal(calls[2], z[0]) and torch.equal(calls[7], z[1])
+    assert all(e_s is None for _, e_s in calls[:2])
+    (y_c, e_s), (y_u, nothing) = calls[3:5]
+    assert torch.equal(y_c, y) and torch.equal(e_s, visual_prior(z[0]))
+    assert y_u.tolist() == [5, 5] and nothing is None
+    calls.clear()
+    sample.generate(dod, y, 1, [2.0], "prior", "euler", 1, prior=z[0])
+    assert calls[2][0].tolist() == [1, 4] and calls[2][1] is None  # the prior alone is left out
+    with pytest.raises(model.UserError, match="each stage"):
+        sample.generate(dod, y, 2, [1.0, 0.5])
+
+
+def test_classes_are_names_numbers_and_ranges():
+    letters, wild = list("ABCDEFGHIJ"), ["cat", "sea-lion", "7", "dog"]
+    assert sample.parse_classes("A-C, J,3", letters) == [0, 1, 2, 9, 3]
+    assert sample.parse_classes("sea-lion,7,cat-7,0-1", wild) == [1, 2, 0, 1, 2, 0, 1]
+    for wrong in ("K", "10", "C-A", "", "-1", "A,,B"):
+        with pytest.raises(model.UserError, match="unknown"):
+            sample.parse_classes(wrong, letters)
+
+
+def test_the_sample_command_is_repeatable_and_takes_a_picture_as_prior(trained, tmp_path):
+    flags = ["--ckpt", trained / "ckpt.pt", "--solver", "euler", "--steps", 2, "--per-class", 2]
+    for out in ("a.png", "b.png"):
+        more = ["--classes", "0-2,9", "--stages", 3, "--out", tmp_path / out]
+        assert run(sample, *flags, *more) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    prior = ["--prior", tmp_path / "a.png", "--cfg", "1,3", "--out", tmp_path / "c.png"]
+    assert run(sample, *flags, *prior) == 0
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.width < picture.height  # two columns; a block for the picture and each w
+
+
+# ------------------------------------------------------------------ what users get wrong
+
+
+class Code:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("train --data nowhere", "nowhere"),
+    ("train --data empty", "class"),
+    ("train --data hollow", "b"),
+    ("train --data single", "at least 2"),
+    ("train --data broken --batch-size 4", "broken/b/bad.png"),
+    ("train --data mnist", "network"),
+    ("train --data digits --patch-size 3", "multiple of the patch size 3"),
+    ("train --model DoD-M", "DoD-M"),
+    ("train --p-s 1.5", "at most 1"),
+    ("train --step 3", "unrecognized"),
+    ("train --data digits --out RUN", "exists"),
+    ("train --data digits --batch-size 8 --out RUN --resume --lr 1", "lr was 0.001, now 1"),
+    ("train --data digits --out file/below", "file"),
+    ("train --data digits --device cuda:99", "device"),
+    ("sample --ckpt none.pt", "no checkpoint none.pt"),
+    ("sample --ckpt cut.pt", "cut.pt"),
+    ("sample --ckpt text.pt", "text.pt"),
+    ("sample --ckpt code.pt", "code.pt"),
+    ("sample --ckpt RUN/ckpt.pt --classes cat", "'cat' is unknown"),
+    ("sample --ckpt RUN/ckpt.pt --cfg 0.5", "at least 1"),
+    ("sample --ckpt RUN/ckpt.pt --cfg x", "--cfg"),
+    ("sample --ckpt RUN/ckpt.pt --steps -3", "at least 1"),
+    ("sample --ckpt RUN/ckpt.pt --prior text.pt", "not a readable picture"),
+    ("sample --ckpt RUN/ckpt.pt --out file", "exists"),
+])  # fmt: skip
+def test_user_errors_end_in_one_line(argv, message, trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "hollow/a", "hollow/b", "single/a", "broken/a", "broken/b"):
+        Path(name).mkdir(parents=True)
+    for name in ("hollow/a/1.png", "single/a/1.png", "broken/a/1.png"):
+        Image.new("RGB", (9, 9)).save(name)
+    whole = (trained / "ckpt.pt").read_bytes()
+    Path("broken/b/bad.png").write_bytes(whole[:99])
+    Path("file").write_text("mine")
+    Path("cut.pt").write_bytes(whole[: len(whole) // 2])
+    Path("text.pt").write_text("text")
+    Path("code.pt").write_bytes(pickle.dumps(Code()))
+    before = {p: p.read_bytes() for p in [*tmp_path.rglob("*"), *trained.iterdir()] if p.is_file()}
+    module, *flags = argv.replace("RUN", str(trained)).split()
+    assert run(globals()[module], *flags) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"{module}.py: error: ") and message in error
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert not Path("executed").exists() and not Path("samples.png").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tmp_path, monkeypatch, capfd
+):
+    loss = flow.rectified_flow_loss
+    count = itertools.count(1)
+    bad = lambda *a: loss(*a) / (next(count) != 7)  # noqa: E731
+    monkeypatch.setattr(train.Run.step, "__defaults__", (bad,))
+    flags = ["--steps", 9, "--save-every", 4, "--log-every", 4, "--out", tmp_path]
+    assert run(train, *QUICK, *flags) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "the loss of step 7 is not finite" in error and "ckpt.pt" in error
+    assert sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 4
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    path, run = tmp_path / "ckpt.pt", small_run()
+    train.save_checkpoint(path, run, 1, {})
+    good, save = path.read_bytes(), torch.save
+
+    def full(what, where):
+        save(what, where)
+        raise RuntimeError("PytorchStreamWriter failed writing file: no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(model.UserError, match="no space left"):
+        train.save_checkpoint(path, run, 2, {})
+    assert path.read_bytes() == good and list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------ the README keeps its word
+
+
+def test_every_command_of_the_readme_parses():
+    text = (HERE / "README.md").read_text()
+    commands = re.findall(r"(?:python|torchrun \S+ \S+) (train|sample)\.py([^\n`#&]*)", text)
+    assert len(commands) > 5
+    for script, flags in commands:
+        {"train": train, "sample": sample}[script].parse(flags.split())
+
+
+def test_every_row_of_the_readme_s_map_exists():
+    rows = re.findall(r"^\| *(Eqs?\.|Table|Fig\.|Sec\.).*", (HERE / "README.md").read_text(), re.M)
+    text = [
+        line
+        for line in (HERE / "README.md").read_text().splitlines()
+        if re.match(r"\| *(Eq|Tab|Fig|Sec)", line)
+    ]
+    source = {p.name: p.read_text() for p in HERE.glob("*.py")}
+    assert rows and len(text) >= 11
+    for line in text:
+        for file, name in re.findall(r"`(\w+\.py)` `([\w.]+)`", line):
+            assert re.search(rf"(def|class) {name.split('.')[-1]}\b", source[file]), (file, name)
+        for test in re.findall(r"`(test_\w+)`", line):
+            assert f"def {test}" in source["test_dod.py"], test
+    for number in range(1, 12):
+        assert any(
+            re.search(rf"Eqs?\. [\d, -]*\b{number}\b|Eqs?\. \d+-\d+", code)
+            for code in source.values()
+        )
