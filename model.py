@@ -119,9 +119,9 @@ def rope_2d(head_dim: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns each channel pair (x_2k, x_2k+1) of (B, heads, T, head_dim) by its token's angle."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (B, heads, T, head_dim / 2)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    """Turns each channel pair (x_2k, x_2k+1) of (..., T, head_dim) by its token's angle."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (..., T, head_dim / 2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 def layer_norm(x: torch.Tensor) -> torch.Tensor:
@@ -148,8 +148,8 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, d_k)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d_k)
-        q, k = (rotate(layer_norm(u), cos, sin).to(v.dtype) for u in (q, k))
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2 or 1, B, heads, T, d_k)
+        (q, k), v = rotate(layer_norm(qk), cos, sin).to(v.dtype), v[0]
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
