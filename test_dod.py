@@ -103,7 +103,7 @@ def test_eq3_the_loss_is_zero_for_the_true_velocity_and_known_for_none():
 def test_eq3_each_image_sees_its_own_prior_or_the_sample_token():
     dod, (x0, x1, y, t), keep = awake(), batch(7), [True, False, False, True, True, False, True]
     loss = flow.rectified_flow_loss(dod, x0, y, x1, t, keep)
-    assert close(loss, train.naive_loss(dod, x0, y, x1, t, keep))
+    assert close(loss, flow.naive_loss(dod, x0, y, x1, t, keep))
     for i, kept in enumerate(keep):
         e_s = dod.visual_prior(x0[i : i + 1]) if kept else None
         v = dod(flow.interpolate(x0, x1, t)[i : i + 1], t[i : i + 1], y[i : i + 1], e_s)
@@ -130,7 +130,8 @@ def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
     x1 = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x1[3] = 0  # takes another branch of Hairer's first step
     ring = flow.mixture_velocity(torch.tensor([[2.0, 0.0], [-1.0, 1.0]], dtype=torch.float64), 0.1)
-    for f in (oscillator, ring):
+    jolt = lambda x, t, rows: 60 * x * torch.sigmoid(300 * (0.5 - t))[:, None]  # noqa: E731
+    for f in (oscillator, ring, jolt):
         for rtol, atol in ((1e-3, 1e-6), (1e-7, 1e-9)):
             x0, nfe = flow.dopri5(f, x1, rtol, atol)
             for i in range(8):
@@ -263,6 +264,17 @@ def test_eq6_eq7_positions_are_frozen_sines_and_cosines():
         lem.sincos_2d(6, 2, 2)
 
 
+def test_eq6_the_encoder_knows_where_a_patch_is_and_gives_out_the_latent_tokens():
+    enc, (x0, _, _, _) = awake().lem, batch()
+    moved = x0.roll(TINY.p, -1)  # the same patches elsewhere
+    assert not close(enc.encode(x0), enc.encode(moved), 1e-3)
+    enc.pos_encoder.zero_()
+    assert close(enc.encode(x0), enc.encode(moved))
+    enc.encoder = torch.nn.Identity()  # without attention the tokens L learn nothing of the patches
+    L_hat = enc.to_d_e(enc.encoder_norm(enc.latent_tokens))
+    assert close(enc.encode(x0), L_hat.expand(6, -1, -1))
+
+
 def test_eq7_without_positions_all_patches_would_be_alike():
     dod, (x0, _, _, _) = awake(), batch()
     assert dod.lem(x0).std(1).min() > 0
@@ -295,7 +307,10 @@ def test_eq9_rope_depends_on_relative_rows_and_columns_only():
     dots = (model.rotate(q, cos, sin) @ model.rotate(k, cos, sin).transpose(-1, -2))[0, 0]
     dots = dots.reshape(6, 6, 6, 6)  # (row, column) of q, (row, column) of k
     assert close(dots[0, 0, 2, 1], dots[3, 4, 5, 5]) and close(dots[4, 2, 1, 3], dots[5, 1, 2, 2])
-    assert not close(dots[0, 0, 2, 1], dots[0, 0, 1, 2])  # rows are not columns
+    rows, columns = cos.reshape(6, 6, 2, 4).unbind(2)  # half of the channel pairs each
+    w = 10000.0 ** (-torch.arange(4) / 4)
+    assert close(rows, (torch.arange(6)[:, None] * w).cos()[:, None].expand(6, 6, 4))
+    assert close(columns, rows.transpose(0, 1))
     assert close(model.rotate(q, cos, sin).norm(dim=-1), q.norm(dim=-1))
 
 
