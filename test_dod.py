@@ -11,7 +11,8 @@ import pickle
 import re
 import signal
 import sys
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.integrate import solve_ivp
+from scipy.linalg import sqrtm
+from scipy.ndimage import gaussian_filter
+from torch.utils.data import Subset
 
+import evaluate
 import flow
 import lem
 import model
@@ -657,6 +662,355 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(model.UserError, match="no space left"):
         train.save_checkpoint(path, run, 2, {})
     assert path.read_bytes() == good and list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------ section 4.1: the metrics
+
+
+def covariance(rng, D: int, rank: int) -> np.ndarray:
+    x = rng.standard_normal((D, rank))
+    return x @ x.T / D
+
+
+def test_fid_in_closed_form_where_covariances_are_equal_or_commute():
+    rng = np.random.default_rng(0)
+    (mu1, mu2), S, fid = (
+        rng.standard_normal((2, 20)),
+        covariance(rng, 20, 40),
+        evaluate.frechet_distance,
+    )
+    apart = ((mu1 - mu2) ** 2).sum()
+    assert fid(mu1, S, mu2, S) == pytest.approx(apart, rel=1e-12)
+    assert fid(mu1, 9 * S, mu2, 4 * S) == pytest.approx(apart + S.trace(), rel=1e-12)
+    V, (a, b) = np.linalg.eigh(S)[1], rng.uniform(0, 3, (2, 20))  # one basis, two spectra
+    a[:5] = b[3:9] = 0  # both singular
+    S, R = V * a @ V.T, V * b @ V.T
+    assert fid(mu1, S, mu2, R) == pytest.approx(apart + ((a**0.5 - b**0.5) ** 2).sum(), rel=1e-7)
+    assert abs(fid(mu1, S, mu1, S)) < 1e-12  # not so if rounding passed for eigenvalues
+
+
+def test_fid_agrees_with_scipys_square_root_of_a_matrix_in_either_order():
+    rng = np.random.default_rng(1)
+    (mu1, mu2), S1, S2 = (
+        rng.standard_normal((2, 50)),
+        covariance(rng, 50, 99),
+        covariance(rng, 50, 60),
+    )
+    truth = ((mu1 - mu2) ** 2).sum() + np.trace(S1 + S2 - 2 * sqrtm(S1 @ S2).real)
+    low = covariance(rng, 50, 7)  # of fewer samples than features
+    for S, R, expected in ((S1, S2, truth), (low, S2, None)):
+        forth, back = (evaluate.frechet_distance(*x) for x in ((mu1, S, mu2, R), (mu2, R, mu1, S)))
+        assert forth == pytest.approx(back, rel=1e-7) and np.isfinite(forth)
+        assert expected is None or forth == pytest.approx(expected, rel=1e-9)
+
+
+def test_fid_moments_stream_without_cancellation():
+    x, moments = np.random.default_rng(2).standard_normal((1000, 6)) * range(1, 7) + 1e6, (0, 0, 0)
+    for part in torch.from_numpy(x).split(77):
+        moments = evaluate.add_rows(moments, part)
+    assert moments[0] == 1000 and np.allclose(moments[1], x.mean(0), rtol=1e-14)
+    assert np.allclose(moments[2] / 999, np.cov(x.T), rtol=1e-8)  # ddof = 1
+
+
+def test_is_of_sure_and_clueless_classifiers_and_of_torch_fidelity():
+    sure = torch.eye(10).repeat(30, 1)
+    assert evaluate.inception_score(sure) == pytest.approx((10, 0), abs=1e-12)
+    assert evaluate.inception_score(torch.full((50, 8), 1 / 8)) == pytest.approx((1, 0), abs=1e-12)
+    in_order = sure[sure.argmax(1).argsort()]  # each of ten splits has one class
+    assert evaluate.inception_score(in_order) == pytest.approx((1, 0), abs=1e-12)
+    assert evaluate.inception_score(in_order, [150]) == pytest.approx((5, 0), abs=1e-12)
+    fidelity = pytest.importorskip("torch_fidelity.metric_isc")
+    logits = 3 * torch.randn(100, 12, generator=torch.Generator().manual_seed(0))
+    theirs = fidelity.isc_features_to_metric(logits, splits=5, shuffle=False)
+    ours = evaluate.inception_score(logits.double().softmax(1), 5)
+    assert ours == pytest.approx((*theirs.values(),), rel=1e-12)
+
+
+def test_precision_and_recall_against_a_loop_ties_and_blocks_included():
+    rng = np.random.default_rng(3)
+
+    def covered(points, centres, k):
+        reach = []
+        for i, centre in enumerate(centres):
+            squares = ((np.delete(centres, i, 0) - centre) ** 2).sum(1)  # whole numbers: exact
+            reach.append(np.partition(squares, k - 1)[k - 1])
+        return np.mean([(((p - centres) ** 2).sum(1) <= reach).any() for p in points])
+
+    real, fake = rng.integers(0, 9, (70, 2)), rng.integers(3, 14, (50, 2))  # full of ties
+    for k in (1, 3, 5):
+        truth = covered(fake, real, k), covered(real, fake, k)
+        assert evaluate.precision_recall(real, fake, k) == pytest.approx(truth, abs=1e-12)
+    assert evaluate.precision_recall(real, real) == (1, 1)
+    assert evaluate.precision_recall(real, fake + 1000) == (0, 0)
+    many, some = (
+        torch.from_numpy(rng.integers(0, 400, (n, 2))) for n in (6500, 5300)
+    )  # two blocks
+    assert evaluate.precision_recall(many, some)[0] == covered(some.numpy(), many.numpy(), 3)
+
+
+def test_psnr_and_ssim_against_their_definitions():
+    rng = np.random.default_rng(4)
+    a = rng.integers(0, 255, (2, 3, 20, 17)).astype(np.uint8)
+    b = (a + rng.integers(-20, 20, a.shape)).clip(0, 255).astype(np.uint8)
+    x, y = torch.from_numpy(a), torch.from_numpy(b)
+    assert evaluate.psnr(x, x + 1).tolist() == pytest.approx([20 * np.log10(255)] * 2)
+    assert evaluate.psnr(x, x).isinf().all() and evaluate.ssim(x, x).tolist() == [1, 1]
+
+    def truth(a, b):  # of one channel: SciPy's Gaussian, less what the border touches
+        blur = lambda z: gaussian_filter(z, 1.5, truncate=3.5)[5:-5, 5:-5]  # noqa: E731
+        a, b, c1, c2 = a.astype(float), b.astype(float), 2.55**2, 7.65**2
+        m, n = blur(a), blur(b)
+        v, w, c = blur(a * a) - m * m, blur(b * b) - n * n, blur(a * b) - m * n
+        return ((2 * m * n + c1) * (2 * c + c2) / (m * m + n * n + c1) / (v + w + c2)).mean()
+
+    expected = [
+        np.mean([truth(*channel) for channel in zip(*pair, strict=True)])
+        for pair in zip(a, b, strict=False)
+    ]
+    assert evaluate.ssim(x, y).tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def test_table2_the_linear_probe_converges_and_is_blind_to_scale():
+    g, y = torch.Generator().manual_seed(0), torch.arange(4000) % 2
+    x, x_test = (torch.randn(4000, 5, generator=g) + 0.5 * y[:, None] for _ in range(2))
+    best = torch.distributions.Normal(0, 1).cdf(torch.tensor(0.25 * 5**0.5))  # Bayes' accuracy
+    found = evaluate.linear_probe(x, y, x_test, y)
+    assert abs(found - best) < 0.015
+    scale, shift = torch.tensor([1e-2, 1, 10, 1e3, 1e4]), torch.tensor([0, 5, -300, 1e4, 0])
+    moved = evaluate.linear_probe(x * scale + shift, y, x_test * scale + shift, y)
+    assert moved == pytest.approx(found, abs=2e-3)
+
+
+# ------------------------------------------------------------------ the features and the commands
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    """A file of random weights for torch-fidelity's Inception, made without a download."""
+    library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with pytest.MonkeyPatch.context() as patch:
+        network = library.FeatureExtractorInceptionV3
+        patch.setattr(library, "load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(network, "load_state_dict", lambda self, state: None)
+        torch.manual_seed(0)
+        network = network("inception", ["2048"])
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+    for p in network.fc.parameters():
+        torch.nn.init.normal_(p, std=3)  # IS must leave out the bias
+    torch.save(network.state_dict(), path := tmp_path_factory.mktemp("i") / "inception.pth")
+    return str(path)
+
+
+def test_inception_agrees_with_torch_fidelity_and_sfid_reads_the_right_channels(weights):
+    fidelity = pytest.importorskip("torch_fidelity")
+    g = torch.Generator().manual_seed(0)
+    real, fake = torch.randint(0, 256, (2, 7, 3, 12, 16), generator=g, dtype=torch.uint8)
+    fake = fake // 2 + fake.float().mean((1, 2, 3), keepdim=True).byte()  # another distribution
+    network, _ = evaluate.inception(weights, torch.device("cpu"))
+    pool, logits, spatial = network(real)
+    theirs, seen = fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3, []
+    theirs = theirs("inception", ["2048", "logits"], weights)
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda *a: seen.append(a[2].numpy()))
+    their_pool, their_logits = theirs(real)
+    assert torch.equal(pool, their_pool)
+    assert torch.allclose(logits + theirs.fc.bias, their_logits, atol=1e-4)
+    assert spatial.shape == (7, 2023) and seen[0].min() == 0  # after the ReLU
+    for row, column, channel in ((0, 0, 0), (3, 16, 6), (16, 1, 4)):  # channels last
+        place = (row * 17 + column) * 7 + channel
+        assert (spatial[:, place].numpy() == seen[0][:, channel, row, column]).all()
+    with pytest.warns(UserWarning, match="7 and 7 pictures for 2048 features"):
+        ours = evaluate.compare(*(evaluate.measure(x, network, "x") for x in (real, fake)))
+    theirs = fidelity.calculate_metrics(
+        input1=Subset(fake, range(7)), input2=Subset(real, range(7)), fid=True, isc=True,
+        isc_splits=1, cuda=False,
+        feature_extractor_weights_path=weights, cache=False, verbose=False, save_cpu_ram=True,
+    )  # fmt: skip
+    assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory) -> Path:
+    """A checkpoint for the 8 x 8 digits, with random weights."""
+    torch.manual_seed(0)
+    config = replace(CONFIGS["DoD-Ti"], depth=1, N=2, p=4, latent_size=8, latent_channels=1)
+    about = {"format": "dod-1", "step": 7, "data": "digits", "image_size": 8, "channels": 1}
+    about |= {"held_out": 0.1, "classes": [str(k) for k in range(10)], "codec": "none"}
+    path, dod = tmp_path_factory.mktemp("run") / "ckpt.pt", DoD(config)
+    for p in dod.parameters():  # no layer stays zero
+        p.data += 0.1 * torch.randn_like(p)
+    torch.save(about | {"config": asdict(config), "ema": dod.state_dict()}, path)
+    return path
+
+
+def test_fig4_stages_reports_floor_stages_and_class_guidance(ckpt, capsys):
+    assert run(evaluate, "stages", "--ckpt", ckpt, "--num", 150, "--steps", 2) == 0
+    found = json.loads(ckpt.with_name("stages.json").read_text())
+    rows = {row["what"]: row for row in found["rows"]}
+    guided = [f"class guidance {w}" for w in (1.5, 2, 3, 4)]
+    assert [*rows] == ["training pictures", "stage 1", "stage 2", "stage 3", *guided]
+    assert rows["training pictures"]["fid"] < 10 < rows["stage 1"]["fid"]
+    assert rows["training pictures"]["recognised"] > 0.98
+    assert rows["stage 1"]["guidance"] == 1  # section 3.3: no guidance there
+    assert (rows["stage 2"]["guidance"], rows["stage 2"]["evaluations"]) == (5.5, 2)
+    best = min(guided, key=lambda what: rows[what]["fid"])
+    expected = dict(features="classifier", count=150, reference_count=150, step=7, ckpt=str(ckpt),
+                    seed=0, solver="euler", steps=2, guide_on="both")  # fmt: skip
+    assert expected.items() <= {k: v for k, v in found.items() if k in expected}.items()
+    assert found["best_class_guidance"] == rows[best]["guidance"]
+    assert len(found["weights_sha256"]) == len(found["reference_sha256"]) == 64
+    assert found["versions"]["torch"] == torch.__version__
+    assert all(Image.open(ckpt.with_name(f"stages{s}.png")).size for s in ("", ".pictures"))
+    printed = capsys.readouterr().out
+    assert "stage 3" in printed and "FID " in printed and "FID-50K" not in printed
+    args = Namespace(out=ckpt.with_name("x"), command="samples")
+    for count, title in ((50_000, "FID-50K"), (49_999, "FID")):
+        evaluate.report(args, [{"fid": 2, "what": ""}], {"features": "inception", "count": count})
+        assert capsys.readouterr().out.split()[0] == title
+    before = ckpt.with_name("stages.json").stat()
+    assert run(evaluate, "stages", "--ckpt", ckpt) == 2 and "--overwrite" in capsys.readouterr().err
+    assert ckpt.with_name("stages.json").stat() == before
+
+
+def test_fig4_reconstruct_and_table2_probe_report_their_columns(ckpt, monkeypatch):
+    given = []
+    monkeypatch.setattr(sample, "generate", lambda *a, f=sample.generate: given.append(a) or f(*a))
+    with pytest.warns(UserWarning, match="40 and 40 pictures for 64 features"):
+        flags = ["--num", 40, "--steps", 1, "--cfg", "1,5.5"]
+        assert run(evaluate, "reconstruct", "--ckpt", ckpt, *flags) == 0
+    rows = json.loads(ckpt.with_name("reconstruct.json").read_text())["rows"][1:]
+    assert [row["guidance"] for row in rows] == [1, 5.5]
+    assert all(0 < row["psnr"] < 30 and row["ssim"] is None for row in rows)  # 8 < 11 pixels
+    images, y = evaluate.first(evaluate.train.load_data("digits", 8, 1, 0.1)[1], 40)  # held out
+    assert len(given) == 2 and torch.equal(given[0][1], y)
+    assert torch.equal(given[0][9], sample.Codec().encode(images))
+    assert run(evaluate, "probe", "--ckpt", ckpt) == 0
+    found = json.loads(ckpt.with_name("probe.json").read_text())
+    assert (found["N"], found["count"]) == (2, 180)
+    assert all(0.15 < row["top1"] < 1 for row in found["rows"])  # even a random LEM beats chance
+
+
+def test_the_classifier_is_the_same_bytes_each_time_and_mends_a_damaged_file(ckpt):
+    training, held_out = evaluate.train.load_data("digits", 8, 1, 0.1)
+    saved = sample.load_checkpoint(ckpt)
+    network, facts = evaluate.classifier(ckpt, saved, training)
+    file = Path(facts["weights"])
+    before = file.read_bytes()
+    file.write_bytes(before[: len(before) // 2])
+    again, _ = evaluate.classifier(ckpt, saved, training)
+    assert file.read_bytes() == before
+    images, y = evaluate.first(held_out, 180)
+    assert (again(images)[1].argmax(1) == y).double().mean() > 0.95
+    assert torch.equal(again(images)[0], network(images)[0])
+
+
+def write_npz(path: Path, images: torch.Tensor, **moments) -> Path:
+    np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **moments)
+    return path
+
+
+def test_samples_reads_npz_and_folders_alike_and_moments_of_a_whole_set(
+    ckpt, tmp_path, monkeypatch
+):
+    training, held_out = evaluate.train.load_data("digits", 8, 1, 0.1)
+    (real, _), (fake, _) = evaluate.first(held_out, 99), evaluate.first(training, 80)
+    ref, npz = write_npz(tmp_path / "ref.npz", real), write_npz(tmp_path / "a.npz", fake)
+    for i, image in enumerate(fake):
+        file = tmp_path / f"b/{i % 3}/{i:03}.{'PNG' if i % 2 else 'bmp'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(file)
+    network, _ = evaluate.classifier(ckpt, sample.load_checkpoint(ckpt), training)
+    truth = evaluate.compare(*(evaluate.measure(x, network, "x") for x in (real, fake)))
+    for path in (npz, tmp_path / "b"):
+        flags = ["--features", "classifier", "--ckpt", ckpt, "--overwrite"]
+        assert run(evaluate, "samples", "--ref", ref, "--samples", path, *flags) == 0
+        found = json.loads(path.with_suffix(".json").read_text())
+        assert (found["count"], found["reference_count"]) == (80, 99)
+        assert found["rows"][0].pop("what") == path.name
+        assert found["rows"][0] == pytest.approx(truth, rel=1e-6)
+
+    def inception(images):  # stands in for Inception's 2048 and 2023 features
+        x = images.double().flatten(1)
+        return x[:, 10:13], x[:, :4], x[:, 20:22]
+
+    facts = {"features": "inception", "weights": npz}
+    monkeypatch.setattr(evaluate, "inception", lambda *a: (inception, facts))
+    moments = (np.zeros(3), np.eye(3)), (np.ones(2), np.eye(2))
+    write_npz(
+        ref, real, **dict(zip(("mu", "sigma", "mu_s", "sigma_s"), sum(moments, ()), strict=True))
+    )
+    flags = ["--ref", ref, "--samples", npz, "--out", tmp_path / "c.json"]
+    assert run(evaluate, "samples", *flags) == 0
+    row = json.loads((tmp_path / "c.json").read_text())["rows"][0]
+    measured = evaluate.measure(fake, inception, "f")
+    assert row["fid"] == evaluate.frechet_distance(*moments[0], *measured.fid)
+    assert row["sfid"] == evaluate.frechet_distance(*moments[1], *measured.sfid)
+
+
+def test_metrics_refuse_what_they_cannot_compare_and_warn_of_sorted_classes():
+    a, half = torch.zeros(5, 3, 12, 12, dtype=torch.uint8), torch.full((4, 2), 0.5)
+    features = lambda x: (x.float().flatten(1)[:, :2], x.float().flatten(1)[:, :3], None)  # noqa: E731
+    reference = evaluate.measure(a, features, "a")
+    for b in (a[:, :, 1:], a.float(), a[:, :1]):  # another size, floats, grey
+        for compare in (
+            evaluate.psnr,
+            evaluate.ssim,
+            lambda a, b: evaluate.measure(b, features, "b", reference),
+        ):
+            with pytest.raises(model.UserError, match="uint8"):
+                compare(a, b)
+    for words, call in {
+        "NaN": lambda: evaluate.measure(a, lambda x: (half * torch.nan, x, None), "a"),
+        "at least 4 pictures": lambda: evaluate.precision_recall(half[:3], half),
+        "empty or NaN": lambda: evaluate.inception_score(half, splits=10),
+        "shapes": lambda: evaluate.frechet_distance(half[0], half[:2], half[0], torch.eye(3)),
+        "finite": lambda: evaluate.frechet_distance(
+            half[0], torch.eye(2) * torch.nan, half[0], half[:2]
+        ),
+    }.items():
+        with pytest.raises(model.UserError, match=words):
+            call()
+    g, logits = torch.Generator().manual_seed(0), 9 * torch.eye(10).repeat(100, 1)
+    pool = torch.rand(1000, 2, generator=g)
+    real = evaluate.Measured((), "", (pool.mean(0), pool.T.cov()), (), pool, logits)
+    evaluate.compare(real, real._replace(logits=logits[torch.randperm(1000, generator=g)]))
+    with pytest.warns(UserWarning, match="order of class"):
+        evaluate.compare(real, real._replace(logits=logits[logits.argmax(1).argsort()]))
+
+
+def test_commands_name_what_is_wrong_with_a_file_or_flag_in_one_line(ckpt, tmp_path, capsys):
+    images = torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
+    good = write_npz(tmp_path / "good.npz", images)
+    write_npz(tmp_path / "rgb.npz", images.expand(-1, 3, -1, -1))
+    write_npz(tmp_path / "float.npz", images.float())
+    np.savez(tmp_path / "no.npz", images=np.zeros(3))
+    (tmp_path / "bad.npz").write_bytes(b"PK nothing")
+    for name, sizes in {"two": (8, 9), "empty": (), "broken": (8,)}.items():
+        (tmp_path / name).mkdir()
+        for size in sizes:
+            Image.new("L", (size, size)).save(tmp_path / name / f"{size}.png")
+    (tmp_path / "broken" / "7.jpeg").write_bytes(b"no picture")
+    (tmp_path / "code.pth").write_bytes(f"cbuiltins\nopen\n(V{tmp_path}/ran\nVw\ntR.".encode())
+    flags = ["samples", "--ref", good, "--out", tmp_path / "x.json"]
+    classifier = ["--features", "classifier", "--ckpt", ckpt]
+    for name, words, more in (
+        ("two", "(1, 9, 9)", classifier), ("empty", "0 pictures", classifier),
+        ("broken", "7.jpeg", classifier), ("no.npz", "arr_0", classifier),
+        ("bad.npz", "bad.npz", classifier), ("rgb.npz", "(3, 8, 8)", classifier),
+        ("float.npz", "float32", classifier), ("nowhere.npz", "nowhere.npz", classifier),
+        ("good.npz", "weights-inception-2015", ["--inception", tmp_path / "nowhere"]),
+        ("good.npz", "--inception PATH", ["--inception", tmp_path / "bad.npz"]),
+        ("good.npz", "code.pth", ["--inception", tmp_path / "code.pth"]),
+        ("good.npz", "--ckpt", ["--features", "classifier"]),
+        ("good.npz", "--steps", ["--steps", "3"]),
+    ):  # fmt: skip
+        assert run(evaluate, *flags, "--samples", tmp_path / name, *more) == 2
+        error = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")[-1]
+        assert error.startswith("evaluate.py") and words in error, error
+    assert run(evaluate, "stagse") == run(evaluate) == 2
+    assert not (tmp_path / "x.json").exists() and not (tmp_path / "ran").exists()
 
 
 # ------------------------------------------------------------------ the README keeps its word
