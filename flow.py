@@ -52,9 +52,10 @@ def logit_normal(n: int, rng: np.random.Generator | None = None) -> torch.Tensor
 def keeps_prior(n: int, p_s: float) -> list[bool]:
     """Which of n positions in a batch keep their prior; exactly round(p_s n) get S (section 3.3).
 
-    The paper drops each image's prior with probability p_s. Batches are pieces of a random
-    permutation, so fixed positions are a random subset of the images. They are spread evenly, so
-    each contiguous part of a batch (a process's share) drops its p_s too, to within one image.
+    CHOICE: the paper drops each image's prior with probability p_s; we drop exactly that share.
+    Batches are pieces of a random permutation, so fixed positions are a random subset of the
+    images. They are spread evenly: each contiguous part of a batch (a process's share) drops its
+    p_s too, to within one image.
     """
     return [round((i + 1) * p_s) == round(i * p_s) for i in range(n)]
 
@@ -65,7 +66,7 @@ def rectified_flow_loss(model, x0, y, x1, t, keep: list[bool]) -> torch.Tensor:
     x0, x1 (B, C, H, W) data and noise; y (B,) classes; t (B,) times; keep: keeps_prior(B, p_s).
     The images that keep their prior see LEM of their own clean latent x0; the others see S. The two
     groups pass the backbone apart: LEM runs only where it is used, and where S stands in, the
-    modulation is computed once per image instead of once per token (36 instead of 51 GFLOPs per
+    modulation is computed once per image instead of once per token (36 instead of 51 GMACs per
     image for DoD-B, forward).
     """
     x_t, v = interpolate(x0, x1, t), x1 - x0
@@ -159,7 +160,8 @@ def rk45_step(f: Velocity, x, t, h, k1, rows):
 
 def rms(x: torch.Tensor) -> torch.Tensor:
     """Root mean square of each image alone: (b, ...) -> (b,), double precision, on the CPU."""
-    return x.flatten(1).square().mean(1).sqrt().cpu().double()
+    x = x.flatten(1) if x.device.type == "mps" else x.flatten(1).double()  # MPS has none
+    return x.square().mean(1).sqrt().cpu().double()
 
 
 def first_step(f: Velocity, x, t, k1, rows, rtol: float, atol: float) -> torch.Tensor:
@@ -203,7 +205,7 @@ def dopri5(
     while len(rows):
         # 1. The last step is cut to end at t = 0.
         h_now, on_device = torch.minimum(h[rows], t[rows]), rows.to(x.device)
-        if (h_now < 10 * torch.finfo(t.dtype).eps * t[rows]).any():
+        if not (h_now >= 10 * torch.finfo(t.dtype).eps * t[rows]).all():  # NaN is caught too
             raise FloatingPointError(f"RK45's step is too small at t = {t[rows].min().item():.6f}")
 
         # 2. One attempt for each running image.

@@ -35,7 +35,7 @@ class Config:
     depth: int = 12  # backbone layers, Table 1
     d: int = 768  # backbone hidden size, Table 1
     heads: int = 12  # backbone heads, Table 1
-    r: int = 192  # AdaLN-LoRA rank, Eq. 10; d / 4 as in FiTv2
+    r: int = 192  # AdaLN-LoRA rank, Eq. 10; CHOICE: d / 4 as in FiTv2
     encoder_depth: int = 8  # LEM encoder layers, Table 1 ("8 + 4")
     decoder_depth: int = 4  # LEM decoder layers, Table 1
     d_l: int = 768  # LEM hidden size, Table 1
@@ -50,16 +50,9 @@ class Config:
     guide_on: str = "both"  # what the unguided half lacks: "both" class and prior, or the "prior"
 
     def __post_init__(self):
-        for name in (
-            "depth",
-            "d",
-            "heads",
-            "r",
-            "p",
-            "latent_size",
-            "latent_channels",
-            "num_classes",
-        ):
+        names = "depth d heads r p latent_size latent_channels num_classes cfg".split()
+        names += "encoder_depth decoder_depth d_l lem_heads d_e".split() if self.N else []
+        for name in names:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.latent_size % self.p:
@@ -67,18 +60,15 @@ class Config:
                 f"latent size {self.latent_size} is not a multiple of the patch size {self.p}; "
                 "change --image-size or --patch-size"
             )
-        widths = [("d", self.d, self.heads, 4)] + [("d_l", self.d_l, self.lem_heads, 1)] * bool(
-            self.N
-        )
-        for name, width, heads, unit in widths:  # 2-D RoPE needs channels per head in fours
-            if width % (heads * unit):
-                raise UserError(
-                    f"{name} = {width} must be a multiple of {heads * unit} ({heads} heads)"
-                )
-        if self.N and (self.d_e % 4 or self.d_l % 4):
-            raise UserError(
-                f"d_e = {self.d_e} and d_l = {self.d_l} must be multiples of 4 (2-D PE)"
-            )
+        # 2-D RoPE wants the channels of each head in fours, the 2-D PE those of a token.
+        widths = [("d", self.d, 4 * self.heads)]
+        widths += [("d_l", self.d_l, self.lem_heads), ("d_l", self.d_l, 4)] if self.N else []
+        widths += [("d_e", self.d_e, 4)] if self.N else []
+        for name, width, unit in widths:
+            if width % unit:
+                raise UserError(f"{name} is {width}; it must be a multiple of {unit}")
+        if self.N < 0 or self.guide_on not in ("both", "prior"):
+            raise UserError(f"N = {self.N}, guide_on = {self.guide_on!r}; 0 or more, both or prior")
 
     @property
     def num_tokens(self) -> int:
@@ -298,6 +288,7 @@ class DoD(nn.Module):
         global_S = self.W_g(silu_c)
 
         x = self.patch_embed(patchify(x_t, self.config.p))  # (B, T, d)
+        x = x.to(self.patch_embed.weight.dtype)  # under autocast too the residual stream is fp32
         for block in self.blocks:
             x = block(x, silu_c, global_S, self.cos, self.sin)
         return self.unpatchify(self.final(x, silu_c))

@@ -61,8 +61,11 @@ def run_command(main: Callable[[], None]) -> None:
     """Runs a script's main(). What the user can mend becomes one line on stderr, exit status 2."""
     try:
         main()
-    except (UserError, OSError, FloatingPointError) as error:
-        message = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+        message = str(error).rpartition("UserError: ")[2]  # also of a loader's worker process
+        message = " ".join(message.split()) or "out of memory; try smaller numbers"
         sys.stdout.flush()
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
@@ -76,15 +79,17 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before the name is
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises UserError when `path` exists and may not be replaced."""
-    if Path(path).exists() and not overwrite:
-        raise UserError(f"{path} exists; give another --out, or --overwrite to replace it")
+    """Raises UserError when `path` is a folder, or exists and may not be replaced."""
+    if Path(path).is_dir() or (Path(path).exists() and not overwrite):
+        raise UserError(f"{path} exists; give another --out, or --overwrite to replace a file")
 
 
 def pick_device(name: str) -> torch.device:
@@ -94,8 +99,8 @@ def pick_device(name: str) -> torch.device:
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name} is not to be had here; try --device cpu") from error
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device {name} is not available here; try --device cpu") from None
 
 
 # ---------------------------------------------------------------------------- pictures <-> latents
@@ -120,6 +125,8 @@ def fit_picture(image: Image.Image, size: int, channels: int) -> torch.Tensor:
 
     As ADM does: halved by a box filter while at least twice too large, then bicubic, then cropped.
     """
+    if image.mode.startswith("I;16"):  # 16-bit grey, which convert() would clip at 255
+        image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -162,10 +169,10 @@ def load_checkpoint(path: Path) -> dict:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != "dod-1":
+        if checkpoint["format"] != "dod-1" or not {"config", "ema", "classes"} <= {*checkpoint}:
             raise ValueError
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}; make one with train.py") from None
+        raise UserError(f"there is no checkpoint {path}; train.py makes one") from None
     except Exception as error:  # a bad zip, a bad pickle, code in a pickle, no such key, ...
         kind = type(error).__name__
         raise UserError(f"{path} is not a (whole) checkpoint of train.py: {kind}") from None
@@ -184,7 +191,7 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> DoD:
 
 def noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -> torch.Tensor:
     """z_1^i: standard normal (len(numbers), *shape), image n's a function of (seed, n, stage)."""
-    rngs = [np.random.default_rng((seed, n, stage)) for n in numbers]
+    rngs = [np.random.default_rng((seed, 2, n, stage)) for n in numbers]  # 0, 1: train.py
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 
@@ -230,12 +237,14 @@ def generate(
     seed, start  image b is image number start + b of this seed
     prior        (B, C, H, W) latents that serve stage 1 as a previous stage's samples
     nfe          a list; each stage appends its evaluations per image (B,)
-    Raises UserError for a guidance below 1 or not one per stage.
+    Raises UserError for a guidance below 1 or not one per stage, and for priors without a LEM.
     """
     config = model.config
     w = config.cfg if cfg is None else cfg
     if not isinstance(w, (list, tuple)):
         w = [1.0 if i == 0 and prior is None else w for i in range(stages)]
+    if (stages > 1 or prior is not None) and not config.N:
+        raise UserError("this model is a plain FiTv2 without LEM: it has stage 1 only")
     if len(w) != stages or min(w) < 1:
         raise UserError(f"guidance {w} for {stages} stages; each stage needs one w >= 1 (1: off)")
     shape = (config.latent_channels, config.latent_size, config.latent_size)
@@ -331,14 +340,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ckpt", required=True, help="checkpoint of train.py")
     add("--classes", help="names, numbers, ranges: A-J or 0-9 or cat,dog; unset: ten")
     add("--per-class", type=at_least(int, 1), default=4, help="pictures of each class")
-    add("--stages", type=at_least(int, 1), default=2, help="1: class alone, no prior")
+    add("--stages", type=at_least(int, 1), help="1: no prior; unset: 2, without LEM 1")
     add("--cfg", type=scales, help="w of stages 2, 3, ..., of --prior's blocks")
     add("--cfg-stage1", type=at_least(float, 1), default=1.0, help="of stage 1; 1: off")
     add("--guide-on", choices=["both", "prior"], help="what v_u of guidance lacks")
     add("--solver", choices=["dopri5", "euler"], default="dopri5", help="RK45 or Euler's method")
     add("--steps", type=at_least(int, 1), default=50, help="Euler steps per stage")
     add("--prior", help="a picture of yours as the visual prior: variations of it")
-    add("--seed", type=at_least(int, 0), default=0, help="same seed, same pictures")
+    add("--seed", type=at_least(int, 0, 2**63), default=0, help="same seed, same pictures")
     add("--batch-size", type=at_least(int, 1), default=256, help="pictures at a time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--out", default="samples.png", help="picture to write")
@@ -350,11 +359,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     refuse_existing(args.out, args.overwrite)
+    if Path(args.out).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {args.out} does not end as a picture does; try {args.out}.png")
     checkpoint, device = load_checkpoint(args.ckpt), pick_device(args.device)
     model, codec = load_model(checkpoint, device), load_codec(checkpoint["codec"])
     names = [*checkpoint["classes"], ""]  # the last is the null class
-    classes = [model.null_class] if args.prior else [*range(len(names) - 1)][:10]
-    if args.classes:
+    stages = args.stages or (2 if model.config.N else 1)
+    classes = [*range(len(names) - 1)][:10] if args.prior is None else [model.null_class]
+    if args.classes is not None:
         classes = parse_classes(args.classes, names[:-1])
     y, titles = torch.tensor(classes * args.per_class, device=device), [names[k] for k in classes]
     if len(classes) == 1:  # one class: side by side
@@ -362,7 +374,7 @@ def main() -> None:
 
     began, blocks, nfe, w = time.time(), [], [], args.cfg or [model.config.cfg]
     rest = (args.guide_on, args.solver, args.steps, args.seed, 0)
-    if args.prior:
+    if args.prior is not None:
         picture = load_picture(args.prior, checkpoint["image_size"], checkpoint["channels"])
         z0 = codec.encode(picture[None].to(device)).expand(len(y), -1, -1, -1)
         blocks = [("yours", codec.decode(z0[: len(titles)]))]
@@ -370,8 +382,8 @@ def main() -> None:
             z, *_ = generate(model, y, 1, [w_i], *rest, z0, args.batch_size, True, nfe)
             blocks.append((f"w = {w_i:g}", codec.decode(z)))
     else:
-        w = [args.cfg_stage1, *w, *w[-1:] * args.stages][: args.stages]
-        samples = generate(model, y, args.stages, w, *rest, None, args.batch_size, True, nfe)
+        w = [args.cfg_stage1, *w, *w[-1:] * stages][:stages]
+        samples = generate(model, y, stages, w, *rest, None, args.batch_size, True, nfe)
         for i, z in enumerate(samples):
             blocks.append((f"stage {i + 1}\nw = {w[i]:g}", codec.decode(z)))
     with replacing(args.out) as temporary:

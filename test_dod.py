@@ -185,6 +185,9 @@ def test_eq4_solvers_stop_when_the_velocity_is_not_finite_or_the_step_vanishes()
     rng = np.random.default_rng(0)
     with pytest.raises(FloatingPointError, match="too small"):
         flow.dopri5(lambda x, t, rows: torch.from_numpy(rng.normal(size=x.shape) * 1e30), x1)
+    for dtype, huge in ((torch.float32, 1e25), (torch.float64, 1e200)):  # squares overflow
+        with pytest.raises(FloatingPointError):
+            flow.dopri5(lambda x, t, rows, huge=huge: torch.full_like(x, huge), x1.to(dtype))
 
 
 def test_eq11_times_are_logit_normal():
@@ -465,6 +468,17 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(trained, tmp_path, mon
     assert json.loads(logs[0][-1])["grad_norm"] == json.loads(logs[1][-1])["grad_norm"]
 
 
+def test_section_4_1_samples_come_from_the_ema_and_the_optimiser_is_the_paper_s(trained):
+    saved = sample.load_checkpoint(trained / "ckpt.pt")
+    weights = sample.load_model(saved).state_dict()
+    assert all(torch.equal(weights[name], saved["ema"][name]) for name in weights)
+    assert not torch.equal(saved["ema"]["W_g.weight"], saved["model"]["W_g.weight"])
+    group = saved["optimizer"]["param_groups"][0]
+    assert group["betas"] == (0.9, 0.999) and group["weight_decay"] == 0
+    assert train.parse(["--model", "DoD-XL"]).lr == 1e-4
+    assert train.parse(["--model", "DoD-XL"]).batch_size == 256
+
+
 def test_a_run_leaves_checkpoint_log_and_pictures(trained):
     assert {p.name for p in trained.iterdir()} == {
         "ckpt.pt", "log.jsonl", "loss.png", "samples.png",
@@ -555,6 +569,11 @@ def test_fig3a_each_stage_is_guided_by_the_stage_before(monkeypatch):
     calls.clear()
     sample.generate(dod, y, 1, [2.0], "prior", "euler", 1, prior=z[0])
     assert calls[2][0].tolist() == [1, 4] and calls[2][1] is None  # the prior alone is left out
+    seen = []
+    stage = lambda model, z1, y, e_s, w, *rest, watch: seen.append((z1, w)) or (z1, y)  # noqa: E731
+    monkeypatch.setattr(sample, "sample_stage", stage)
+    sample.generate(dod, y, 2, 4.0)  # one number: for the stages that have a prior
+    assert [w for _, w in seen] == [1, 4] and not close(seen[0][0], seen[1][0])  # fresh noise
     with pytest.raises(model.UserError, match="each stage"):
         sample.generate(dod, y, 2, [1.0, 0.5])
 
@@ -603,6 +622,11 @@ class Code:
     ("train --data digits --batch-size 8 --out RUN --resume --lr 1", "lr was 0.002, now 1"),
     ("train --data digits --out file/below", "file"),
     ("train --data digits --device cuda:99", "device"),
+    ("train --data digits --resume --overwrite", "exclude"),
+    ("train --data digits --out RUN --resume --batch-size 8 --latent-tokens 3", "model's N"),
+    ("train --data", "expected one argument"),
+    ("sample --ckpt RUN/ckpt.pt --out a.xyz", "a.xyz.png"),
+    ("sample --ckpt RUN/ckpt.pt --classes=", "unknown"),
     ("sample --ckpt none.pt", "no checkpoint none.pt"),
     ("sample --ckpt cut.pt", "cut.pt"),
     ("sample --ckpt text.pt", "text.pt"),
@@ -645,7 +669,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     flags = ["--steps", 9, "--save-every", 4, "--log-every", 4, "--out", tmp_path]
     assert run(train, *QUICK, *flags) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "the loss of step 7 is not finite" in error and "ckpt.pt" in error
+    assert "the loss of step 7 (or its gradient) is not finite" in error and "ckpt.pt" in error
     assert sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 4
 
 

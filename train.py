@@ -141,6 +141,8 @@ def load_data(name: str, size: int, channels: int, held_out: float) -> tuple[Pic
         raise UserError(f"--data {name} has the one class {classes[0]!r}; at least 2 are needed")
     order = np.random.default_rng(0).permutation(len(labels))
     order = np.split(order, [min(round(held_out * len(labels)), 5000)])
+    if not len(order[1]):
+        raise UserError(f"--held-out {held_out} leaves none of {len(labels)} pictures to train on")
     held, rest = (Pictures(classes, labels, source, rows, size, channels) for rows in order)
     return rest, held
 
@@ -177,13 +179,16 @@ class Run:
         )
         if args.compile:
             self.model.compile()  # in place: the weights keep their names
+            if config.N:  # reached through visual_prior, not through forward
+                self.model.lem.compile()
+                self.model.prior_mlp.compile()
 
     def prepare(self, step: int, images: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         """uint8 pictures, classes y -> x0, x1 (B, C, H, W), y, t (B,). Random by (seed, step)."""
         args, config, B = self.args, self.config, len(y)
         rng = np.random.default_rng((args.seed, 0, step))
         flipped = torch.from_numpy(rng.random(B) < 0.5) & args.flip
-        unclassed = torch.from_numpy(rng.random(B) < args.class_dropout)  # whoever has a prior
+        unclassed = torch.from_numpy(rng.random(B) < args.class_dropout)  # prior or not
         shape = (B, config.latent_channels, config.latent_size, config.latent_size)
         x1, t = torch.from_numpy(rng.standard_normal(shape, np.float32)), logit_normal(B, rng)
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
@@ -199,6 +204,7 @@ class Run:
             group["lr"] = self.args.lr * min(1, step / max(1, self.args.warmup))
         self.optimizer.zero_grad(set_to_none=True)
         loss.mean().backward()
+        # CHOICE: clipped at 1, and classes dropped with probability 0.1; the paper names neither.
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         ema_update(self.ema, self.model, step)
@@ -233,8 +239,13 @@ def resume(path: Path, run: Run, about: dict) -> int:
     """Loads a checkpoint into `run` -> its step. Raises UserError if it is of another run."""
     saved = load_checkpoint(path)
     for name, now in about.items():
-        if saved.get(name) != now:
-            was = f"{name} was {saved.get(name)}, now {now}"
+        then = saved.get(name)
+        if name == "config":  # its fields one by one; guidance is for sampling only
+            differ = [k for k in now if now[k] != then.get(k) and k not in ("cfg", "guide_on")]
+            then, now = ([each.get(k) for k in differ] for each in (then, now))
+            name = f"the model's {', '.join(differ)}"
+        if then != now:
+            was = f"{name} was {then}, now {now}"
             raise UserError(f"cannot resume {path}: {was}; repeat the flags of the first run")
     for part in ("model", "ema", "optimizer"):
         getattr(run, part).load_state_dict(saved[part])
@@ -262,9 +273,9 @@ def summarise(pending: list[tuple], seconds: float) -> dict:
     """
     steps, losses, t, norms = zip(*pending, strict=True)
     losses, t = torch.stack(losses).double().cpu(), torch.stack(t).cpu()
-    for step, loss in zip(steps, losses, strict=True):
-        if not loss.isfinite().all():
-            raise FloatingPointError(f"the loss of step {step} is not finite")
+    for step, loss, norm in zip(steps, losses, norms, strict=True):
+        if not (loss.isfinite().all() and norm.isfinite()):
+            raise FloatingPointError(f"the loss of step {step} (or its gradient) is not finite")
     quarters = [losses[(k / 4 <= t) & (t < (k + 1) / 4)] for k in range(4)]
     return {
         "step": steps[-1],
@@ -294,7 +305,6 @@ def run_steps(run: Run, pictures: Pictures, done: int, ckpt: Path, about: dict) 
         pictures,
         batch_sampler=batches(len(pictures), args.batch_size, args.seed, range(done, args.steps)),
         num_workers=args.workers,
-        pin_memory=run.device.type == "cuda",
     )
     with (
         deferred_signals() as caught,
@@ -321,6 +331,7 @@ def run_steps(run: Run, pictures: Pictures, done: int, ckpt: Path, about: dict) 
     return step
 
 
+WRITTEN = "ckpt.pt", "log.jsonl", "loss.png", "samples.png"
 # The flags that a checkpoint records. A resumed run has to repeat them: its result depends on them.
 RECORDED = (
     "data image_size channels held_out batch_size lr warmup p_s class_dropout flip seed precision"
@@ -330,9 +341,12 @@ RECORDED = (
 def train(args) -> None:
     """The whole run: data, model, steps; at the end, pictures of the loss and of samples."""
     ckpt = Path(args.out) / "ckpt.pt"
-    if ckpt.exists() and not (args.resume or args.overwrite):
-        how = "--resume continues it, --overwrite starts again; or give another --out"
-        raise UserError(f"{ckpt} exists; {how}")
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one")
+    there = [ckpt.with_name(f) for f in WRITTEN if ckpt.with_name(f).exists()]
+    if there and not (args.resume or args.overwrite):
+        how = "--resume continues a run, --overwrite starts again; or give another --out"
+        raise UserError(f"{there[0]} exists; {how}")
     pictures, held_out = load_data(args.data, args.image_size, args.channels, args.held_out)
     config = replace(
         CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=args.image_size,
@@ -340,10 +354,13 @@ def train(args) -> None:
     )  # fmt: skip
     run = Run(args, config)
     about = {name: getattr(args, name) for name in RECORDED}
-    about |= {"classes": pictures.classes, "codec": run.codec.name, "config": asdict(config)}
+    about |= {
+        "classes": pictures.classes,
+        "pictures": len(pictures),
+        "codec": run.codec.name,
+        "config": asdict(config),
+    }
     done = resume(ckpt, run, about) if args.resume else 0
-    if args.overwrite:
-        ckpt.unlink(missing_ok=True)
     size = sum(p.numel() for p in run.model.parameters()) / 1e6
     print(
         f"{args.model}: {size:.2f} M parameters, {run.config.num_tokens} tokens, {run.device}; "
@@ -359,11 +376,11 @@ def train(args) -> None:
         sys.exit(130)
     plot_log(ckpt.with_name("log.jsonl"), ckpt.with_name("loss.png"))
     draw_samples(run, pictures, ckpt.with_name("samples.png"))
-    print(
-        f"wrote ckpt.pt, log.jsonl, loss.png and samples.png into {ckpt.parent}. Next:\n"
-        f"  python sample.py --ckpt {ckpt} --stages 3 --seed 1 --out more.png\n"
-        f"  python sample.py --ckpt {ckpt} --prior YOUR_PICTURE.png --out variations.png"
-    )
+    print(f"wrote {', '.join(WRITTEN)} into {ckpt.parent}. Next:")
+    print(f"  python sample.py --ckpt {ckpt} --seed 1 --out more.png")
+    if config.N:
+        print(f"  python sample.py --ckpt {ckpt} --prior YOUR_PICTURE.png --out variations.png")
+        print(f"  python evaluate.py stages --ckpt {ckpt}")
 
 
 def plot_log(log: Path, out: Path) -> None:
@@ -429,8 +446,8 @@ def benchmark(args) -> None:
     for name in [*calls] * 6:
         began = time.perf_counter()
         calls[name]()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
+        if run.device.type != "cpu":
+            getattr(torch, run.device.type).synchronize()
         times[name].append(time.perf_counter() - began)
     median = {name: np.median(times[name][1:]) for name in calls}  # the first warms up
     peak = 2 * side**3 / median["matrix"]
@@ -484,7 +501,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
     add("--class-dropout", type=share, default=0.1, help="probability of the null class")
     add("--cfg", type=at_least(float, 1), help="the model's guidance where sampling names none")
-    add("--seed", type=at_least(int, 0), default=0, help="same seed, same run")
+    add("--seed", type=at_least(int, 0, 2**63), default=0, help="same seed, same run")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
     add("--compile", action=switch, default=False, help="torch.compile")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -493,12 +510,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--save-every", type=natural, default=1000, help="steps between checkpoints")
     add("--benchmark", action="store_true", help="time the training step, nothing else")
     # fmt: on
-    probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    probe.add_argument("--data", default="letters")
-    probe.add_argument("--model", default="DoD-Ti")
-    data, model = vars(probe.parse_known_args(argv)[0]).values()
-    parser.set_defaults(**DATA.get(data, DATA["cifar10"]), out=f"out/{Path(data).name}")
-    preset = CONFIGS.get(model, CONFIGS["DoD-Ti"])  # an unknown name is refused further down
+    first, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    data, model = first.data, first.model
+    parser.set_defaults(**DATA.get(data, DATA["cifar10"]), out=f"out/{Path(data).resolve().name}")
+    preset = CONFIGS[model]
     parser.set_defaults(**(SMALL if model == "DoD-Ti" else PAPER), latent_tokens=preset.N)
     if model != "DoD-Ti":
         parser.set_defaults(patch_size=preset.p, cfg=preset.cfg)
