@@ -529,25 +529,33 @@ FLAGS = [  # the commands that have the flag, the flag, its settings
 # fmt: on
 
 
-def main() -> None:
-    command = sys.argv[1] if sys.argv[1:] and sys.argv[1] in COMMANDS else None
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command and its flags; command is None for --benchmark."""
+    command = argv[0] if argv and argv[0] in COMMANDS else None
     parser = sample.Parser(COMMANDS[command].__doc__ if command else __doc__.splitlines()[0])
     if not command:
         parser.add_argument("command", nargs="?", choices=COMMANDS, help="each has its --help")
         parser.add_argument("--benchmark", action="store_true", help="time the Fréchet distance")
-        if not parser.parse_args().benchmark:
+        args = parser.parse_args(argv)
+        if not args.benchmark:
             parser.error(f"a command is needed: {', '.join(COMMANDS)}")
-        return benchmark()
+        return args
     parser.prog += f" {command}"
     for commands, flag, settings in FLAGS:
         if command in commands.split():
             parser.add_argument(flag, **settings)
-    args = parser.parse_args(sys.argv[2:], argparse.Namespace(command=command))
-    place = args.samples if command == "samples" else Path(args.ckpt).with_name(command)
+    return parser.parse_args(argv[1:], argparse.Namespace(command=command))
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    if args.command is None:
+        return benchmark()
+    place = args.samples if args.command == "samples" else Path(args.ckpt).with_name(args.command)
     args.out = (args.out or place).with_suffix(".json")
     for suffix in (".json", ".png", ".pictures.png")[: 3 if "steps" in args else 1]:
         sample.refuse_existing(args.out.with_suffix(suffix), args.overwrite)
-    COMMANDS[command](args)
+    COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":
