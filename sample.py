@@ -98,6 +98,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
     try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"device {name} is not available here; try --device cpu") from None
@@ -345,7 +347,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cfg-stage1", type=at_least(float, 1), default=1.0, help="of stage 1; 1: off")
     add("--guide-on", choices=["both", "prior"], help="what v_u of guidance lacks")
     add("--solver", choices=["dopri5", "euler"], default="dopri5", help="RK45 or Euler's method")
-    add("--steps", type=at_least(int, 1), default=50, help="Euler steps per stage")
+    add("--steps", type=at_least(int, 1), help="Euler steps per stage; unset: 50")
     add("--prior", help="a picture of yours as the visual prior: variations of it")
     add("--seed", type=at_least(int, 0, 2**63), default=0, help="same seed, same pictures")
     add("--batch-size", type=at_least(int, 1), default=256, help="pictures at a time")
@@ -365,6 +367,10 @@ def main() -> None:
     model, codec = load_model(checkpoint, device), load_codec(checkpoint["codec"])
     names = [*checkpoint["classes"], ""]  # the last is the null class
     stages = args.stages or (2 if model.config.N else 1)
+    if args.prior is None and len(args.cfg or []) > max(1, stages - 1):
+        raise UserError(f"--cfg has {len(args.cfg)} values for {stages - 1} stages with a prior")
+    if args.steps and args.solver != "euler":
+        raise UserError("--steps is for --solver euler; dopri5 finds its own steps")
     classes = [*range(len(names) - 1)][:10] if args.prior is None else [model.null_class]
     if args.classes is not None:
         classes = parse_classes(args.classes, names[:-1])
@@ -373,7 +379,7 @@ def main() -> None:
         titles = titles * args.per_class
 
     began, blocks, nfe, w = time.time(), [], [], args.cfg or [model.config.cfg]
-    rest = (args.guide_on, args.solver, args.steps, args.seed, 0)
+    rest = (args.guide_on, args.solver, args.steps or 50, args.seed, 0)
     if args.prior is not None:
         picture = load_picture(args.prior, checkpoint["image_size"], checkpoint["channels"])
         z0 = codec.encode(picture[None].to(device)).expand(len(y), -1, -1, -1)
