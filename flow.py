@@ -256,10 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         "--out", default="out/flow.png", help="picture to write (default: %(default)s)"
     )
     out = parser.parse_args(argv).out
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     angle = torch.arange(8, dtype=torch.float64) * math.tau / 8
     f = mixture_velocity(torch.stack([angle.cos(), angle.sin()], 1) * 2, sigma=0.1)
@@ -270,7 +267,8 @@ def main(argv: list[str] | None = None) -> None:
         "Euler": [euler(f, x1, steps) for steps in (5, 10, 20, 40, 80, 160, 320)],
         "RK45": [dopri5(f, x1, rtol=tol, atol=tol) for tol in tolerances],
     }
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5))
+    figure = Figure(figsize=(11, 5), layout="tight")
+    left, right = figure.subplots(1, 2)
     path = [x1]
     euler(lambda x, t, rows: (path.append(x), f(x, t, rows))[1], x1, 100)
     path = torch.stack([*path, exact])
@@ -288,7 +286,6 @@ def main(argv: list[str] | None = None) -> None:
         right.loglog(cost, error, "o-", label=name)
     right.set(title="Error against cost", xlabel="evaluations of v per point", ylabel="mean error")
     right.legend()
-    figure.tight_layout()
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     print(f"wrote {out}")

@@ -435,6 +435,9 @@ def test_batches_are_seeded_permutations_and_start_anywhere():
 
 def test_one_batch_can_be_learned_by_heart():
     run, (x0, x1, y, t) = small_run(lr=3e-3, warmup=10), batch(4)
+    _, norm = run.step(1, 100 * x0, 100 * x1, y, t)  # a gradient that must be clipped to length 1
+    clipped = torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm()
+    assert norm > 10 and close(clipped, 1.0, 1e-3)
     losses = [run.step(n, x0, x1, y, t)[0].mean().item() for n in range(1, 300)]
     assert np.mean(losses[-5:]) < losses[0] / 10
     before = run.ema.W_g.weight.clone()

@@ -385,14 +385,12 @@ def train(args) -> None:
 
 def plot_log(log: Path, out: Path) -> None:
     """Draws the loss of log.jsonl, in all and by quarter of t."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [r["step"] for r in records]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="tight")
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axes = figure.subplots()
     for k in range(4):
         losses = [r["loss_by_time"][k] for r in records]
         axes.plot(steps, losses, linewidth=0.7, label=f"{k / 4:g} ≤ t < {(k + 1) / 4:g}")
@@ -401,7 +399,6 @@ def plot_log(log: Path, out: Path) -> None:
     axes.legend()
     with replacing(out) as temporary:
         figure.savefig(temporary, dpi=100)
-    plt.close(figure)
 
 
 def draw_samples(run: Run, pictures: Pictures, out: Path, rows: int = 4) -> None:
