@@ -679,6 +679,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 4
 
 
+def test_a_finite_loss_with_a_gradient_that_is_not_stops_the_run_too():
+    loss, t = torch.ones(2), torch.ones(2) / 2
+    steps = [(7, loss, t, torch.tensor(1.0)), (8, loss, t, torch.tensor(float("nan")))]
+    assert train.summarise(steps[:1], 1.0)["grad_norm"] == 1
+    with pytest.raises(FloatingPointError, match="step 8"):
+        train.summarise(steps, 1.0)
+
+
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     path, run = tmp_path / "ckpt.pt", small_run()
     train.save_checkpoint(path, run, 1, {})
