@@ -89,6 +89,9 @@ CONFIGS: dict[str, Config] = {
         depth=4, d=128, heads=4, r=32, encoder_depth=2, decoder_depth=1, d_l=128, lem_heads=4, N=4,
         d_e=8, p=4, latent_size=16, latent_channels=3, num_classes=10,
     ),
+    "FiTv2-Ti": Config(
+        depth=5, d=128, heads=4, r=32, N=0, p=4, latent_size=16, latent_channels=3, num_classes=10
+    ),
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from scipy.integrate import solve_ivp
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
-from torch.utils.data import Subset
+from torch.utils.data import Subset, default_collate
 
 import evaluate
 import flow
@@ -412,25 +412,30 @@ def test_section_4_1_ema_is_the_written_out_average_with_warm_up():
 
 
 def test_classes_drop_at_their_rate_independently_of_the_prior_and_pictures_flip():
-    run = small_run(class_dropout=0.1)
-    run.args.flip, images = True, torch.arange(8, dtype=torch.uint8).expand(4000, 3, 8, 8)
-    x0, x1, y, t = run.prepare(3, images, torch.zeros(4000, dtype=torch.long))
+    args = train.parse([*QUICK, "--class-dropout", "0.1", "--flip"])
+    pictures = [(torch.arange(8, dtype=torch.uint8).expand(3, 8, 8), 0)]
+    examples = train.Examples(pictures, args, TINY)
+    images, eps, x1, y, t = default_collate([examples[3, i, 0] for i in range(4000)])
     dropped, keep = y == TINY.num_classes, torch.tensor(flow.keeps_prior(4000, 0.5))
     for group in (dropped, dropped[keep], dropped[~keep]):
         assert abs(group.double().mean() - 0.1) < 0.02
-    flipped = x0[:, 0, 0, 0] > 7 / 127.5 - 1.001
-    assert abs(flipped.double().mean() - 0.5) < 0.03 and abs(x1.std() - 1) < 0.01
-    again = run.prepare(3, images, torch.zeros(4000, dtype=torch.long))
-    assert all(map(torch.equal, (x0, x1, y, t), again))  # a function of (seed, step)
-    assert not torch.equal(x1, run.prepare(4, images, y)[1])
+    flipped = images[:, 0, 0, 0] == 7
+    assert abs(flipped.double().mean() - 0.5) < 0.03 and 0 < t.min() and t.max() < 1
+    for noise in (x1, eps):
+        assert abs(noise.std() - 1) < 0.01 and abs(noise.mean()) < 0.01
+    assert abs((x1 * eps).mean()) < 0.01
+    assert all(map(torch.equal, examples[3, 5, 0][:3], (images[5], eps[5], x1[5])))
+    assert not torch.equal(x1[5], examples[4, 5, 0][2])  # a function of (seed, step, position)
 
 
 def test_batches_are_seeded_permutations_and_start_anywhere():
-    whole = list(train.batches(10, 4, 7, range(10)))
-    seen = sum(whole, [])
+    whole = list(train.batches(10, 4, 7, range(1, 11)))
+    assert [item[:2] for item in whole[2]] == [(3, position) for position in range(4)]
+    seen = [i for items in whole for _, _, i in items]
     assert all(sorted(seen[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))
-    assert seen[:10] != seen[10:20] and list(train.batches(10, 4, 7, range(6, 10))) == whole[6:]
-    assert list(train.batches(3, 8, 7, range(1)))[0][:3] != [0, 0, 0]  # a batch beyond the data set
+    assert seen[:10] != seen[10:20] and list(train.batches(10, 4, 7, range(7, 11))) == whole[6:]
+    wide = [i for _, _, i in next(train.batches(3, 8, 7, range(1, 2)))]
+    assert sorted(wide[:3]) == [0, 1, 2]  # a batch beyond the data set
 
 
 def test_one_batch_can_be_learned_by_heart():

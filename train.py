@@ -147,17 +147,44 @@ def load_data(name: str, size: int, channels: int, held_out: float) -> tuple[Pic
     return rest, held
 
 
-def batches(size: int, batch_size: int, seed: int, steps: range) -> Iterator[list[int]]:
-    """The picture numbers of each step n: places n B to (n + 1) B - 1 of an endless row of
-    permutations, the e-th of which is a function of (seed, e)."""
+class Examples(Dataset):
+    """All that the loss needs of image number `position` of step `step`: the item (step, position,
+    i) is picture i, flipped or not, eps (C, H, W) for the codec, x1 (C, H, W), y () and t ()."""
+
+    def __init__(self, pictures: Pictures, args: argparse.Namespace, config: Config):
+        self.pictures, self.args, self.null_class = pictures, args, config.num_classes
+        self.shape = (config.latent_channels, config.latent_size, config.latent_size)
+
+    def __getitem__(self, item: tuple[int, int, int]):
+        step, position, i = item
+        rng, (picture, y) = (
+            np.random.default_rng((self.args.seed, 0, step, position)),
+            self.pictures[i],
+        )
+        flipped, unclassed = rng.random(2) < (0.5 * self.args.flip, self.args.class_dropout)
+        eps, x1 = torch.from_numpy(rng.standard_normal((2, *self.shape), np.float32))
+        t = logit_normal(1, rng)[0]
+        return (
+            picture.flip(-1) if flipped else picture,
+            eps,
+            x1,
+            self.null_class if unclassed else y,
+            t,
+        )
+
+
+def batches(size: int, batch_size: int, seed: int, steps: range) -> Iterator[list[tuple]]:
+    """The items (step, position, picture number) of each step n: places (n - 1) B to n B - 1 of an
+    endless row of permutations, the e-th of which is a function of (seed, e)."""
 
     @lru_cache(maxsize=2)
     def permutation(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, 1, epoch)).permutation(size)
 
     for step in steps:
-        places = range(step * batch_size, (step + 1) * batch_size)
-        yield [int(permutation(i // size)[i % size]) for i in places]
+        places = range((step - 1) * batch_size, step * batch_size)
+        numbers = [int(permutation(i // size)[i % size]) for i in places]
+        yield [(step, position, i) for position, i in enumerate(numbers)]
 
 
 # ------------------------------------------------------------------------------------------- a run
@@ -182,19 +209,6 @@ class Run:
             if config.N:  # reached through visual_prior, not through forward
                 self.model.lem.compile()
                 self.model.prior_mlp.compile()
-
-    def prepare(self, step: int, images: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-        """uint8 pictures, classes y -> x0, x1 (B, C, H, W), y, t (B,). Random by (seed, step)."""
-        args, config, B = self.args, self.config, len(y)
-        rng = np.random.default_rng((args.seed, 0, step))
-        flipped = torch.from_numpy(rng.random(B) < 0.5) & args.flip
-        unclassed = torch.from_numpy(rng.random(B) < args.class_dropout)  # prior or not
-        shape = (B, config.latent_channels, config.latent_size, config.latent_size)
-        x1, t = torch.from_numpy(rng.standard_normal(shape, np.float32)), logit_normal(B, rng)
-        images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        y = torch.where(unclassed, self.model.null_class, y)
-        x0 = self.codec.encode(images.to(self.device))
-        return [x0] + [part.to(self.device) for part in (x1, y, t)]
 
     def step(self, step: int, x0, x1, y, t, loss_function=rectified_flow_loss):
         """Loss, gradient, AdamW, EMA -> loss of each image (B,), norm of the gradient ()."""
@@ -302,8 +316,10 @@ def run_steps(run: Run, pictures: Pictures, done: int, ckpt: Path, about: dict) 
     """Steps done + 1 to --steps, or until a signal comes; logs and saves -> the last step done."""
     args, pending, since, step = run.args, [], time.time(), done
     loader = DataLoader(
-        pictures,
-        batch_sampler=batches(len(pictures), args.batch_size, args.seed, range(done, args.steps)),
+        Examples(pictures, args, run.config),
+        batch_sampler=batches(
+            len(pictures), args.batch_size, args.seed, range(done + 1, args.steps + 1)
+        ),
         num_workers=args.workers,
     )
     with (
@@ -311,8 +327,9 @@ def run_steps(run: Run, pictures: Pictures, done: int, ckpt: Path, about: dict) 
         open_log(ckpt.with_name("log.jsonl"), done) as log,
         tqdm(loader, initial=done, total=args.steps, unit="step", mininterval=1) as bar,
     ):
-        for step, (images, y) in enumerate(bar, start=done + 1):
-            x0, x1, y, t = run.prepare(step, images, y)
+        for step, parts in enumerate(bar, start=done + 1):
+            images, eps, x1, y, t = (part.to(run.device) for part in parts)
+            x0 = run.codec.encode(images)
             loss, norm = run.step(step, x0, x1, y, t)
             pending.append((step, loss, t, norm))
 
@@ -511,8 +528,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     data, model = first.data, first.model
     parser.set_defaults(**DATA.get(data, DATA["cifar10"]), out=f"out/{Path(data).resolve().name}")
     preset = CONFIGS[model]
-    parser.set_defaults(**(SMALL if model == "DoD-Ti" else PAPER), latent_tokens=preset.N)
-    if model != "DoD-Ti":
+    parser.set_defaults(**(SMALL if model.endswith("-Ti") else PAPER), latent_tokens=preset.N)
+    if not model.endswith("-Ti"):
         parser.set_defaults(patch_size=preset.p, cfg=preset.cfg)
     return parser.parse_args(argv)
 
