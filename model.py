@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lem import LEM, patchify
 
@@ -222,6 +223,7 @@ class DoD(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.grad_checkpoint = False  # training computes each block again in its backward pass
         d, patch = config.d, config.p**2 * config.latent_channels
         self.patch_embed = nn.Linear(patch, d)
         self.time, self.label = TimeEmbedding(d), nn.Embedding(config.num_classes + 1, d)
@@ -293,7 +295,11 @@ class DoD(nn.Module):
         x = self.patch_embed(patchify(x_t, self.config.p))  # (B, T, d)
         x = x.to(self.patch_embed.weight.dtype)  # under autocast too the residual stream is fp32
         for block in self.blocks:
-            x = block(x, silu_c, global_S, self.cos, self.sin)
+            inputs = (x, silu_c, global_S, self.cos, self.sin)
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
         return self.unpatchify(self.final(x, silu_c))
 
     def unpatchify(self, x: torch.Tensor) -> torch.Tensor:

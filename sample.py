@@ -11,18 +11,25 @@ Shapes: B images, C channels, H x W latent, K classes; pictures: uint8 (B, chann
 
     python sample.py --ckpt out/letters/ckpt.pt --classes A-J --stages 3 --out grid.png
     python sample.py --ckpt out/letters/ckpt.pt --prior picture.png --out variations.png
+    torchrun --nproc-per-node 8 sample.py --ckpt ckpt.pt --npz samples.npz --num 50000    # for FID
 """
 
 import argparse
+import hashlib
+import json
 import os
+import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -63,25 +70,39 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
-        message = str(error).rpartition("UserError: ")[2]  # also of a loader's worker process
-        message = " ".join(message.split()) or "out of memory; try smaller numbers"
+    except (UserError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        message = " ".join(str(error).rpartition("UserError: ")[2].split())  # also of a worker's
+        rank, size = processes()
+        mendable = not isinstance(error, RuntimeError) or "UserError: " in str(error)
+        if "memory" in message.lower() or isinstance(error, MemoryError):
+            less = "lower --batch-size; in training, raise --grad-accum or use --grad-checkpoint"
+            message, mendable = f"out of memory ({message[:90]}); {less}", True
+        elif size > 1 and ("peer" in message or "onnect" in message):
+            message, mendable = "stops, as another process has ended", True
+        if not mendable:
+            raise
         sys.stdout.flush()
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        where = f"process {rank}: " if rank else ""
+        print(f"{Path(sys.argv[0]).name}: error: {where}{message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name; what is written there takes the place of `path` if all goes well."""
+    """Yields a temporary name; what is written there takes the place of `path` if all goes well.
+
+    Raises UserError if it cannot be written, say to a full disk; an earlier `path` is then intact.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # on the disk before the name is
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"could not write {path} ({error}); is there room?") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -89,20 +110,52 @@ def replacing(path: Path) -> Iterator[Path]:
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raises UserError when `path` is a folder, or exists and may not be replaced."""
     if Path(path).is_dir() or (Path(path).exists() and not overwrite):
-        raise UserError(f"{path} exists; give another --out, or --overwrite to replace a file")
+        raise UserError(f"{path} exists; give another name, or --overwrite to replace a file")
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one, else Apple's MPS, else the CPU."""
+    """'auto' is CUDA where there is one, else Apple's MPS, else the CPU. Each of torchrun's
+    processes on a machine takes a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         if name.split(":")[0] not in ("cpu", "cuda", "mps"):
             raise RuntimeError
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"device {name} is not available here; try --device cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device
+
+
+# --------------------------------------------------------------------------------------- processes
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and their count: torchrun's RANK and WORLD_SIZE, else 0 and 1."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def process_group(backend: str, timeout: timedelta | None = None) -> Iterator[None]:
+    """Joins the other processes, if there are any. If one fails, torchrun ends them all."""
+    if processes()[1] > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    yield
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Waits for the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 # ---------------------------------------------------------------------------- pictures <-> latents
@@ -142,22 +195,80 @@ def fit_picture(image: Image.Image, size: int, channels: int) -> torch.Tensor:
 class Codec:
     """Pictures <-> latents. This one works in pixel space: the latent is the picture in [-1, 1]."""
 
-    name = "none"
+    name, scale = "none", 1.0
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, channels, height, width) -> float (B, C, H, W)."""
-        return images.float() / 127.5 - 1
+    def latent_shape(self, channels: int, size: int) -> tuple[int, int]:
+        """Channels and side of the latents of square pictures. UserError if they do not fit."""
+        return channels, size
+
+    def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (B, channels, height, width) -> mean and standard deviation, (B, C, H, W), of the
+        latent's distribution given the picture, in fp32."""
+        mean = images.float() / 127.5 - 1
+        return mean, torch.zeros_like(mean)
+
+    def encode(self, images: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean, or with standard normal eps (B, C, H, W) a sample of that distribution."""
+        mean, std = self.moments(images)
+        return mean if eps is None else mean + std * eps
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """float (B, C, H, W) -> uint8 (B, channels, height, width); inverse of encode."""
         return (127.5 * latents.float() + 128).clamp(0, 255).byte()
 
 
-def load_codec(name: str) -> Codec:
-    """The codec that a data set or checkpoint names; 'none' is pixel space."""
-    if name != "none":
-        raise UserError(f"codec {name!r} is unknown; allowed: none")
-    return Codec()
+class VAE(Codec):
+    """Stable Diffusion's VAE (section 3.3), of diffusers: AutoencoderKL, or AutoencoderTiny, whose
+    posterior is a point. 256 x 256 x 3 pictures -> 32 x 32 x 4 latents. 32 pictures at a time."""
+
+    def __init__(self, name: str, device: torch.device):
+        self.name = str(Path(name).absolute()) if Path(name).is_dir() else name
+        try:
+            import diffusers
+
+            config = diffusers.AutoencoderKL.load_config(name)
+            kind = {"AutoencoderTiny": diffusers.AutoencoderTiny}
+            kind = kind.get(config["_class_name"], diffusers.AutoencoderKL)
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            vae = kind.from_pretrained(name, torch_dtype=dtype)
+        except Exception as error:  # no package, no network, no such name, no weights in the folder
+            reason = " ".join(str(error).split())[:120]
+            advice = "give a name on the Hugging Face Hub or a folder made by save_pretrained"
+            raise UserError(f"VAE {name} cannot be loaded ({reason}); {advice}") from None
+        self.vae, config = vae.to(device).eval().requires_grad_(False), vae.config
+        self.scale, self.shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+        self.channels = config.latent_channels
+        blocks = getattr(config, "encoder_block_out_channels", None) or config.block_out_channels
+        self.factor = 2 ** (len(blocks) - 1)
+
+    def latent_shape(self, channels: int, size: int) -> tuple[int, int]:
+        if channels != 3 or size % self.factor:
+            need = f"3 channels and a multiple of {self.factor} pixels"
+            raise UserError(f"{channels} channels of {size} pixels; VAE {self.name} needs {need}")
+        return self.channels, size // self.factor
+
+    @torch.no_grad()
+    def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        means, stds = [], []
+        for part in images.split(32):
+            found = self.vae.encode((part.to(self.vae.device) / 127.5 - 1).to(self.vae.dtype))
+            point = hasattr(found, "latents")
+            mean = (found.latents if point else found.latent_dist.mean).float()
+            std = torch.zeros_like(mean) if point else found.latent_dist.std.float()
+            means.append(self.scale * (mean - self.shift))
+            stds.append(self.scale * std)
+        return torch.cat(means), torch.cat(stds)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        parts = (part.to(self.vae.device, self.vae.dtype) for part in latents.split(32))
+        images = (self.vae.decode(part / self.scale + self.shift).sample for part in parts)
+        return torch.cat([super(VAE, self).decode(part) for part in images])
+
+
+def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
+    """The codec that --vae or a checkpoint names; 'none' is pixel space. Raises UserError."""
+    return Codec() if name == "none" else VAE(name, torch.device(device))
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -197,19 +308,18 @@ def noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -> torc
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 
-def sample_stage(model, z1, y, e_s, w, guide_on, solver, steps, watch):
+def sample_stage(model, z1, y, e_s, w, guide_on, solver, steps):
     """One stage of Fig. 3a, Eq. 4: noise z1 -> sample z0 (B, C, H, W), evaluations per image (B,).
 
     y (B,) classes; e_s (B, T, d) visual prior, or None (S). With guidance w > 1 an evaluation runs
     the network twice, each half with its cheapest modulation: v_c = v(class, e_s), and v_u = v(null
-    class, S) or, if guide_on = "prior", v(class, S). `watch` gets the times of the running images.
+    class, S) or, if guide_on = "prior", v(class, S).
     """
     y_u = y if guide_on == "prior" and e_s is not None else torch.full_like(y, model.null_class)
 
     def velocity(x, t, rows):
-        watch(t)
-        v_c = model(x, t, y[rows], None if e_s is None else e_s[rows])
-        return v_c if w == 1 else guide(v_c, model(x, t, y_u[rows]), w)
+        v_c = model(x, t, y[rows], None if e_s is None else e_s[rows]).to(x.dtype)
+        return v_c if w == 1 else guide(v_c, model(x, t, y_u[rows]).to(x.dtype), w)
 
     return euler(velocity, z1, steps) if solver == "euler" else dopri5(velocity, z1)
 
@@ -251,22 +361,18 @@ def generate(
         raise UserError(f"guidance {w} for {stages} stages; each stage needs one w >= 1 (1: off)")
     shape = (config.latent_channels, config.latent_size, config.latent_size)
     samples, evaluations = ([[] for _ in w] for _ in range(2))
-    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=len(y) * stages, desc="sampling", bar_format=form, disable=not progress) as bar:
+    with tqdm(total=len(y) * stages, desc="sampling", disable=not progress, leave=False) as bar:
         for first in range(0, len(y), batch_size):
             rows = slice(first, first + batch_size)
             z0, b = None if prior is None else prior[rows].to(y.device), len(y[rows])
             for i in range(stages):
-                end = stages * first + (i + 1) * b  # of the bar, when this stage is done
                 z1 = noise(shape, seed, range(start + first, start + first + b), i).to(y.device)
                 e_s = None if z0 is None else model.visual_prior(z0)  # once per stage
-                z0, n = sample_stage(
-                    model, z1, y[rows], e_s, w[i], guide_on or config.guide_on, solver, steps,
-                    watch=lambda t, end=end: bar.update(max(0, end - t.sum().item() - bar.n)),
-                )  # fmt: skip
+                on = guide_on or config.guide_on
+                z0, n = sample_stage(model, z1, y[rows], e_s, w[i], on, solver, steps)
                 samples[i].append(z0)
                 evaluations[i].append(n)
-        bar.update(bar.total - bar.n)
+                bar.update(b)
     if nfe is not None:
         nfe.extend(torch.cat(n) for n in evaluations)
     return [torch.cat(z0) for z0 in samples]

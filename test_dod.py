@@ -8,9 +8,12 @@ import itertools
 import json
 import math
 import pickle
+import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import partial
@@ -397,7 +400,8 @@ def trained(tmp_path_factory) -> Path:
 
 
 def small_run(**flags) -> train.Run:
-    args = train.parse([*QUICK, *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())])
+    args = train.parse(QUICK)
+    vars(args).update(flags)
     return train.Run(args, TINY)
 
 
@@ -413,7 +417,8 @@ def test_section_4_1_ema_is_the_written_out_average_with_warm_up():
 
 def test_classes_drop_at_their_rate_independently_of_the_prior_and_pictures_flip():
     args = train.parse([*QUICK, "--class-dropout", "0.1", "--flip"])
-    pictures = [(torch.arange(8, dtype=torch.uint8).expand(3, 8, 8), 0)]
+    ramp = Image.fromarray(np.arange(8, dtype=np.uint8)[None].repeat(8, 0))
+    pictures = train.Pictures(["a"], [0], lambda i: ramp, [0], 8, 3)
     examples = train.Examples(pictures, args, TINY)
     images, eps, x1, y, t = default_collate([examples[3, i, 0] for i in range(4000)])
     dropped, keep = y == TINY.num_classes, torch.tensor(flow.keeps_prior(4000, 0.5))
@@ -439,16 +444,32 @@ def test_batches_are_seeded_permutations_and_start_anywhere():
 
 
 def test_one_batch_can_be_learned_by_heart():
-    run, (x0, x1, y, t) = small_run(lr=3e-3, warmup=10), batch(4)
-    _, norm = run.step(1, 100 * x0, 100 * x1, y, t)  # a gradient that must be clipped to length 1
+    run, (x0, x1, y, t) = small_run(lr=3e-3, warmup=10), batch(8)
+    given = lambda scale: (scale * torch.stack([x0, 0 * x0], 1), x1, scale * x1, y, t)  # noqa: E731
+    _, norm = run.step(1, *given(100))  # a gradient that must be clipped to length 1
     clipped = torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm()
     assert norm > 10 and close(clipped, 1.0, 1e-3)
-    losses = [run.step(n, x0, x1, y, t)[0].mean().item() for n in range(1, 300)]
+    losses = [run.step(n, *given(1))[0].mean().item() for n in range(1, 300)]
     assert np.mean(losses[-5:]) < losses[0] / 10
     before = run.ema.W_g.weight.clone()
-    run.step(5, x0, x1, y, t)  # each step ends with the EMA's
+    run.step(5, *given(1))  # each step ends with the EMA's
     assert close(run.ema.W_g.weight, before.lerp(run.model.W_g.weight, 9 / 15))
     assert run.optimizer.param_groups[0]["lr"] == 3e-3 * 5 / 10  # warming up
+
+
+def test_gradients_are_the_same_in_micro_batches_and_with_checkpointing_and_near_in_bf16_and_fp16():
+    (x0, x1, y, t), gradients = batch(8), {}
+    cases = {"plain": {}, "accum": dict(grad_accum=4), "checkpoint": dict(grad_checkpoint=True)}
+    cases |= {"bf16": dict(precision="bf16"), "fp16": dict(precision="fp16")}
+    for name, flags in cases.items():
+        run = small_run(p_s=0.25, **flags)
+        run.model.load_state_dict(awake().state_dict())
+        loss, _ = run.step(1, torch.stack([x0, 0 * x0], 1), x1, x1, y, t)
+        assert loss.shape == (8,) and loss.dtype == torch.float32
+        gradients[name] = torch.cat([p.grad.flatten() for p in run.model.parameters()])
+    for name, tolerance in dict(accum=1e-5, checkpoint=1e-6, bf16=0.05, fp16=0.01).items():
+        error = (gradients[name] - gradients["plain"]).norm() / gradients["plain"].norm()
+        assert error < tolerance and (error > 1e-4) == (name in ("bf16", "fp16")), (name, error)
 
 
 def test_resuming_equals_never_having_stopped_bit_for_bit(trained, tmp_path, monkeypatch):
@@ -474,6 +495,84 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(trained, tmp_path, mon
     logs = [(out / "log.jsonl").read_text().splitlines() for out in (trained, tmp_path)]
     assert [json.loads(line)["step"] for line in logs[1]] == [2, 3, 4, 6]
     assert json.loads(logs[0][-1])["grad_norm"] == json.loads(logs[1][-1])["grad_norm"]
+
+
+def torchrun(n: int, script: str, *argv, **env) -> subprocess.CompletedProcess:
+    """A script on n processes of this machine, each with one thread."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={n}",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    command = [*launcher, HERE / script, *map(str, argv)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_or_micro_batches_train_as_one_process_does(tmp_path):
+    # p_s = 0.25 of 8: one of the two processes' micro-batches of 2 keeps every prior.
+    flags = [*QUICK, "--p-s", 0.25, "--steps", 3, "--log-every", 3, "--seed", 5]
+    assert run(train, *flags, "--out", tmp_path / "1") == 0
+    assert run(train, *flags, "--out", tmp_path / "accum", "--grad-accum", 4) == 0
+    ended = torchrun(2, "train.py", *flags, "--out", tmp_path / "2", "--grad-accum", 2)
+    assert ended.returncode == 0, ended.stderr
+    one, *others = (sample.load_checkpoint(tmp_path / k / "ckpt.pt") for k in ("1", "accum", "2"))
+    for other in others:
+        for part in ("model", "ema"):
+            for name, weights in one[part].items():  # lr 2e-3: AdamW moves each by up to 2e-5
+                assert torch.allclose(other[part][name], weights, atol=2e-7), name
+    records = [json.loads((tmp_path / k / "log.jsonl").read_text()) for k in ("1", "2")]
+    for key in ("loss", "loss_by_time", "grad_norm"):
+        assert records[0][key] == pytest.approx(records[1][key], rel=1e-4)
+    assert {p.name for p in (tmp_path / "2").iterdir()} == {*train.WRITTEN}  # process 0 alone wrote
+    more = [*flags[:-2], "--seed", 5, "--steps", 4, "--resume"]
+    ended = torchrun(2, "train.py", *more, "--out", tmp_path / "1")
+    assert ended.returncode == 0, ended.stderr
+    assert sample.load_checkpoint(tmp_path / "1/ckpt.pt")["step"] == 4
+
+
+def test_when_one_process_fails_all_end_and_its_message_comes_first(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "b/2.png").write_bytes(b"no picture")
+    flags = ["--data", tmp_path, "--image-size", 8, "--held-out", 0, "--device", "cpu"]
+    flags += ["--batch-size", 2, "--steps", 50, "--out", tmp_path / "out"]
+    began = time.time()
+    ended = torchrun(2, "train.py", *flags)
+    assert ended.returncode and time.time() - began < 60
+    error = next(line for line in ended.stderr.splitlines() if "train.py: error: " in line)
+    assert "b/2.png is not a readable picture" in error
+    assert 'train.py", line' not in ended.stderr  # no traceback of ours; torchrun shows its own
+
+
+KILLS = int(os.environ.get("DOD_KILLS", 2))
+
+
+def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(tmp_path):
+    flags = [*QUICK, "--steps", 40, "--save-every", 1, "--latent-tokens", 2]
+    command = [sys.executable, HERE / "train.py", *map(str, flags), "--out"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([*command, tmp_path / "whole"], check=True, **quiet)
+    out, moments, steps = tmp_path / "killed", np.random.default_rng(), []
+    for _ in range(KILLS):
+        process = subprocess.Popen([*command, out, "--resume"], **quiet)
+        log = out / "log.jsonl"
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
+            time.sleep(0.01)  # until it trains
+        time.sleep(moments.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (out / "ckpt.pt").exists():
+            steps.append(sample.load_checkpoint(out / "ckpt.pt")["step"])  # always whole
+    subprocess.run([*command, out, "--resume"], check=True, **quiet)
+    whole, killed = ((tmp_path / k / "ckpt.pt").read_bytes() for k in ("whole", "killed"))
+    print(f"{KILLS} kills, checkpoints found at steps {steps}; same bytes: {whole == killed}")
+    assert whole == killed
+    assert {p.name for p in out.iterdir()} == {*train.WRITTEN}  # no remains
 
 
 def test_section_4_1_samples_come_from_the_ema_and_the_optimiser_is_the_paper_s(trained):
@@ -578,7 +677,7 @@ def test_fig3a_each_stage_is_guided_by_the_stage_before(monkeypatch):
     sample.generate(dod, y, 1, [2.0], "prior", "euler", 1, prior=z[0])
     assert calls[2][0].tolist() == [1, 4] and calls[2][1] is None  # the prior alone is left out
     seen = []
-    stage = lambda model, z1, y, e_s, w, *rest, watch: seen.append((z1, w)) or (z1, y)  # noqa: E731
+    stage = lambda model, z1, y, e_s, w, *rest: seen.append((z1, w)) or (z1, y)  # noqa: E731
     monkeypatch.setattr(sample, "sample_stage", stage)
     sample.generate(dod, y, 2, 4.0)  # one number: for the stages that have a prior
     assert [w for _, w in seen] == [1, 4] and not close(seen[0][0], seen[1][0])  # fresh noise
@@ -631,7 +730,7 @@ class Code:
     ("train --data digits --out file/below", "file"),
     ("train --data digits --device cuda:99", "device"),
     ("train --data digits --resume --overwrite", "exclude"),
-    ("train --data digits --out RUN --resume --batch-size 8 --latent-tokens 3", "model's N"),
+    ("train --data digits --out RUN --resume --batch-size 8 --latent-tokens 3", "N was 4, now 3"),
     ("train --data", "expected one argument"),
     ("sample --ckpt RUN/ckpt.pt --out a.xyz", "a.xyz.png"),
     ("sample --ckpt RUN/ckpt.pt --classes=", "unknown"),
@@ -686,10 +785,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_a_finite_loss_with_a_gradient_that_is_not_stops_the_run_too():
     loss, t = torch.ones(2), torch.ones(2) / 2
-    steps = [(7, loss, t, torch.tensor(1.0)), (8, loss, t, torch.tensor(float("nan")))]
-    assert train.summarise(steps[:1], 1.0)["grad_norm"] == 1
+    steps = [(7, t, loss, torch.tensor(1.0)), (8, t, loss, torch.tensor(float("nan")))]
+    assert train.summarise(small_run(), steps[:1], 1.0, 0.5, False)["grad_norm"] == 1
     with pytest.raises(FloatingPointError, match="step 8"):
-        train.summarise(steps, 1.0)
+        train.summarise(small_run(), steps, 1.0, 0.5, False)
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -1,40 +1,50 @@
-"""train.py -- data sets and end-to-end training of DoD. Sections 3.3 and 4.1.
+"""train.py -- data sets, latent cache and end-to-end training of DoD. Sections 3.3 and 4.1.
 
 Backbone and LEM learn together, from real pictures alone: in training, a picture's own latent is
 its visual prior, and a share p_s of each batch gets the sample token S instead.
 
-What is random in step n (order, flips, noise, times, dropped classes) is a function of (seed, n).
-A resumed run needs no generator state, then; on a CPU it equals an uninterrupted one bit for bit.
+All that is random about an image in training (order, flip, noises, time, dropped class) is a
+function of (seed, step, position in the global batch). So neither the number of processes nor
+--grad-accum changes what is computed, and a resumed run needs no generator's state: on a CPU it
+equals an uninterrupted one bit for bit.
 
     python train.py                                    # DoD-Ti, coloured letters; minutes on a CPU
     python train.py --data digits                      # handwritten digits, part of scikit-learn
     python train.py --data pictures/ --image-size 32   # yours: a folder of pictures for each class
     python train.py --model DoD-B --batch-size 8 --benchmark
+    torchrun --nproc-per-node 8 train.py --data imagenet/train --model DoD-B \\
+        --vae stabilityai/sd-vae-ft-ema --cache latents/
 """
 
 import argparse
 import copy
+import hashlib
 import json
+import resource
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from flow import keeps_prior, logit_normal, naive_loss, rectified_flow_loss
 from model import CONFIGS, Config, DoD, UserError, count_macs
 from sample import (
-    Parser, at_least, draw_grid, fit_picture, generate, load_checkpoint, load_codec,
-    open_picture, pick_device, replacing, run_command,
+    Codec, Parser, at_least, draw_grid, fit_picture, generate, load_checkpoint, load_codec,
+    open_picture, pick_device, process_group, processes, replacing, run_command, wait,
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------- data sets
@@ -60,15 +70,18 @@ class Pictures(Dataset):
                 self.seen[i] = picture
         return picture, int(self.labels[i])
 
+    def view(self, i: int, flipped: bool) -> tuple[torch.Tensor, int]:
+        picture, y = self[i]
+        return picture.flip(-1) if flipped else picture, y
+
 
 # The letters' typefaces: the 22 for text among those that ship with matplotlib.
-TYPEFACES = [
-    *[f"DejaVu{face}{style}" for face in ("Sans", "SansMono") for style in ("", "-Oblique")],
-    *[f"DejaVu{face}-Bold{style}" for face in ("Sans", "SansMono") for style in ("", "Oblique")],
-    *[f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")],
-    *[f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")],
-    *["cmb10", "cmmi10", "cmr10", "cmss10", "cmti10", "cmtt10"],
-]
+TYPEFACES = """
+    DejaVuSans DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Oblique DejaVuSans-Bold
+    DejaVuSans-BoldOblique DejaVuSansMono-Bold DejaVuSansMono-BoldOblique DejaVuSerif
+    DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol
+    STIXGeneralItalic STIXGeneralBolIta cmb10 cmmi10 cmr10 cmss10 cmti10 cmtt10
+""".split()
 LETTERS, BRIGHTNESS = "ABCDEFGHIJ", np.array([0.299, 0.587, 0.114])
 
 
@@ -147,30 +160,109 @@ def load_data(name: str, size: int, channels: int, held_out: float) -> tuple[Pic
     return rest, held
 
 
-class Examples(Dataset):
-    """All that the loss needs of image number `position` of step `step`: the item (step, position,
-    i) is picture i, flipped or not, eps (C, H, W) for the codec, x1 (C, H, W), y () and t ()."""
+# ----------------------------------------------------------------------------------- latent cache
 
-    def __init__(self, pictures: Pictures, args: argparse.Namespace, config: Config):
-        self.pictures, self.args, self.null_class = pictures, args, config.num_classes
+
+class Latents(Dataset):
+    """Cached latents, memory-mapped parts of PART pictures each: (n, 2 flips, 2, C, H, W), fp16.
+
+    The pair is mean and standard deviation of the VAE's posterior: each use draws from it anew.
+    """
+
+    PART = 1024
+
+    def __init__(self, files: list[Path], labels: np.ndarray):
+        self.labels, self.parts = labels, [np.load(file, mmap_mode="r") for file in files]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def view(self, i: int, flipped: bool) -> tuple[torch.Tensor, int]:
+        """Mean and standard deviation (2, C, H, W) of picture i's posterior, and its class."""
+        moments = self.parts[i // self.PART][i % self.PART, int(flipped)]
+        return torch.from_numpy(moments.astype(np.float32)), int(self.labels[i])
+
+
+def open_cache(folder: Path, pictures: Pictures, codec: Codec, workers: int) -> Latents:
+    """--cache: the latents of these pictures in `folder`, encoded first where parts are missing.
+
+    meta.json says what they were made of, 00000.npy and so on are the parts. Every process encodes
+    its share of the missing ones; a part appears whole, so a run that was killed goes on with the
+    next. Raises UserError for a folder of other data, and for too small a disk.
+    """
+    rank, size = processes()
+    labels = hashlib.sha256(pictures.labels.tobytes()).hexdigest()
+    about = {"vae": codec.name, "scaling_factor": codec.scale, "count": len(pictures)}
+    about |= {"image_size": pictures.size, "classes": pictures.classes, "labels": labels}
+    meta = folder / "meta.json"
+    then = json.loads(meta.read_text()) if meta.exists() else about
+    differ = [k for k in about if then.get(k) != about[k]]
+    if differ or (not meta.exists() and folder.exists() and any(folder.iterdir())):
+        what = f"another {differ[0]}" if differ else "files, but no meta.json"
+        raise UserError(f"--cache {folder} has {what}; give another folder")
+    files = [folder / f"{k:05}.npy" for k in range(-(-len(pictures) // Latents.PART))]
+    missing = [k for k, file in enumerate(files) if not file.exists()]
+    wait()  # all have looked before one begins to write
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        one, free = codec.encode(pictures[0][0][None]).nbytes, shutil.disk_usage(folder).free
+        need = len(missing) * Latents.PART * 2 * one  # 2 flips x 2 moments, half of fp32 each
+        sizes = f"{need / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free"
+        if need > free:
+            raise UserError(f"the latents need {sizes}; make room or give another --cache")
+        if rank == 0:
+            print(f"encoding {len(missing)} parts of the latents: {sizes}", flush=True)
+        with replacing(meta) as temporary:
+            temporary.write_text(json.dumps(about))
+        encode_parts({k: files[k] for k in missing[rank::size]}, pictures, codec, workers)
+        wait()
+    try:
+        latents = Latents(files, pictures.labels)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--cache {folder}: a part is damaged ({error}); remove it") from None
+    for i in {0, len(pictures) // 2, len(pictures) - 1}:  # the same pictures, the same weights?
+        mean, _ = codec.moments(pictures[i][0][None])
+        if (mean[0].cpu() - latents.view(i, False)[0][0]).abs().mean() > 0.05:
+            raise UserError(f"--cache {folder}: latent {i} is of another picture or VAE; remove it")
+    return latents
+
+
+def encode_parts(files: dict[int, Path], pictures: Pictures, codec: Codec, workers: int) -> None:
+    """Writes part k of the latents to files[k], for each k."""
+    n, total, batch = Latents.PART, len(pictures), 64  # a divisor of PART
+    spans = [range(k * n, min((k + 1) * n, total)) for k in files]
+    subset = Subset(pictures, [i for span in spans for i in span])
+    loader = iter(DataLoader(subset, batch, num_workers=workers))
+    for file, span in zip(tqdm(files.values(), unit="part", disable=None), spans, strict=True):
+        rows = []
+        for images, _ in islice(loader, -(-len(span) // batch)):
+            flips = [torch.stack(codec.moments(x), 1).cpu() for x in (images, images.flip(-1))]
+            rows.append(torch.stack(flips, 1).half().numpy())  # (b, 2 flips, 2, C, H, W)
+        with replacing(file) as temporary, temporary.open("wb") as stream:
+            np.save(stream, np.concatenate(rows))
+
+
+# --------------------------------------------------------------------------------- random examples
+
+
+class Examples(Dataset):
+    """All that the loss needs of one image of one step. Item (step, position, i), of picture i:
+
+    picture uint8 (channels, size, size) or cached moments (2, C, H, W), flipped or not; eps
+    (C, H, W), for the posterior; x1 (C, H, W); y (); t (). Random by (seed, step, position).
+    """
+
+    def __init__(self, data: Pictures | Latents, args: argparse.Namespace, config: Config):
+        self.data, self.args, self.null_class = data, args, config.num_classes
         self.shape = (config.latent_channels, config.latent_size, config.latent_size)
 
     def __getitem__(self, item: tuple[int, int, int]):
         step, position, i = item
-        rng, (picture, y) = (
-            np.random.default_rng((self.args.seed, 0, step, position)),
-            self.pictures[i],
-        )
+        rng = np.random.default_rng((self.args.seed, 0, step, position))
         flipped, unclassed = rng.random(2) < (0.5 * self.args.flip, self.args.class_dropout)
         eps, x1 = torch.from_numpy(rng.standard_normal((2, *self.shape), np.float32))
-        t = logit_normal(1, rng)[0]
-        return (
-            picture.flip(-1) if flipped else picture,
-            eps,
-            x1,
-            self.null_class if unclassed else y,
-            t,
-        )
+        x, y = self.data.view(i, flipped)
+        return x, eps, x1, self.null_class if unclassed else y, logit_normal(1, rng)[0]
 
 
 def batches(size: int, batch_size: int, seed: int, steps: range) -> Iterator[list[tuple]]:
@@ -190,39 +282,106 @@ def batches(size: int, batch_size: int, seed: int, steps: range) -> Iterator[lis
 # ------------------------------------------------------------------------------------------- a run
 
 
-class Run:
-    """Model, EMA and optimiser of a training run. The first weights are a function of --seed."""
+class Objective(nn.Module):
+    """The loss as one forward pass: what DistributedDataParallel wants to wrap."""
 
-    def __init__(self, args: argparse.Namespace, config: Config):
-        self.args, self.config, self.codec = args, config, load_codec("none")
-        self.device = pick_device(args.device)
-        auto = "bf16" if self.device.type == "cuda" else "fp32"
-        self.bf16 = (auto if args.precision == "auto" else args.precision) == "bf16"
+    def __init__(self, model: DoD):
+        super().__init__()
+        self.model = model
+
+    def forward(self, loss_function: Callable, *parts) -> torch.Tensor:
+        return loss_function(self.model, *parts)
+
+
+class Run:
+    """Model, EMA and optimiser of a training run, and this process's share of each batch.
+
+    The first weights are a function of --seed. Raises UserError for a batch that cannot be shared.
+    """
+
+    def __init__(self, args: argparse.Namespace, config: Config, codec: Codec | None = None):
+        self.args, self.config, self.codec = args, config, codec or load_codec("none")
+        self.device, (self.rank, self.processes) = pick_device(args.device), processes()
+        self.share_batch()
         torch.manual_seed(args.seed)
         self.model = DoD(config).to(self.device)
+        self.model.grad_checkpoint = args.grad_checkpoint
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(  # section 4.1
             self.model.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0, fused=True
         )
+        self.set_precision()
         if args.compile:
             self.model.compile()  # in place: the weights keep their names
             if config.N:  # reached through visual_prior, not through forward
                 self.model.lem.compile()
                 self.model.prior_mlp.compile()
+        self.objective = Objective(self.model)
+        if self.processes > 1:
+            self.objective = nn.parallel.DistributedDataParallel(
+                self.objective, gradient_as_bucket_view=True,
+                find_unused_parameters=self.some_unused,
+            )  # fmt: skip
 
-    def step(self, step: int, x0, x1, y, t, loss_function=rectified_flow_loss):
-        """Loss, gradient, AdamW, EMA -> loss of each image (B,), norm of the gradient ()."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = loss_function(self.model, x0, y, x1, t, keeps_prior(len(y), self.args.p_s))
+    def share_batch(self) -> None:
+        """--batch-size is that of all processes: each takes a contiguous share and, for
+        --grad-accum, cuts it into micro-batches. keep: in each of mine, who keeps the prior."""
+        B, accum = self.args.batch_size, self.args.grad_accum
+        if B % (self.processes * accum):
+            what = f"--batch-size {B} is not divisible by {self.processes} processes x {accum}"
+            raise UserError(f"{what} micro-batches (--grad-accum); change one of them")
+        micro = B // (self.processes * accum)
+        keep = keeps_prior(B, self.args.p_s)
+        keep = [keep[i : i + micro] for i in range(0, B, micro)]
+        self.share = slice(self.rank * micro * accum, (self.rank + 1) * micro * accum)
+        self.keep = keep[self.rank * accum : (self.rank + 1) * accum]
+        # Where a whole micro-batch keeps (or lacks) the prior, S (or LEM) gets no gradient there.
+        self.some_unused = bool(self.config.N) and any(all(k) or not any(k) for k in keep)
+
+    def set_precision(self) -> None:
+        """--precision; auto: on CUDA bf16, or fp16 where that is missing; else fp32. Weights,
+        residual stream, LayerNorms, softmax statistics and loss are fp32 in each."""
+        name, cuda = self.args.precision, self.device.type == "cuda"
+        if name == "auto":
+            name = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "fp16")
+
+    def step(self, step: int, x, eps, x1, y, t, loss_function=rectified_flow_loss):
+        """Loss, gradient, AdamW, EMA -> loss of each of my images (b,), norm of the gradient ().
+
+        x: uint8 pictures or cached moments (b, 2, C, H, W); eps, x1 (b, C, H, W); y, t (b,).
+        """
+        if x.dtype == torch.uint8:
+            x0 = self.codec.encode(x, eps)
+        else:
+            x0 = x[:, 0] + x[:, 1] * eps  # a sample of the posterior
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * min(1, step / max(1, self.args.warmup))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.mean().backward()
+        losses, last = [], len(self.keep) - 1
+        parts = zip(*(part.chunk(last + 1) for part in (x0, y, x1, t)), self.keep, strict=True)
+        for i, micro_batch in enumerate(parts):
+            shared = self.processes > 1 and i < last  # gradients are averaged once, at the end
+            with self.objective.no_sync() if shared else nullcontext():
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                    loss = self.objective(loss_function, *micro_batch)
+                self.scaler.scale(loss.mean() / (last + 1)).backward()
+            losses.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)
         # CHOICE: clipped at 1, and classes dropped with probability 0.1; the paper names neither.
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # with fp16, not if the gradient overflowed
+        self.scaler.update()
         ema_update(self.ema, self.model, step)
-        return loss.detach(), norm
+        return torch.cat(losses), norm
+
+    def memory(self) -> float:
+        """The most memory that this process has held, GiB: on the GPU, else altogether."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 @torch.no_grad()
@@ -235,16 +394,19 @@ def ema_update(ema: DoD, model: DoD, step: int) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+PARTS = "model", "ema", "optimizer", "scaler"
+
+
 def save_checkpoint(path: Path, run: Run, step: int, about: dict) -> None:
     """Writes a plain dict of all that sampling and resuming need, under another name, then renames.
 
     Raises UserError if it cannot be written (disk full); an earlier checkpoint is then intact.
     """
-    state = {part: getattr(run, part).state_dict() for part in ("model", "ema", "optimizer")}
+    state = {part: getattr(run, part).state_dict() for part in PARTS}
     try:
-        with replacing(path) as temporary:
-            torch.save({"format": "dod-1", "step": step, **about, **state}, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save({"format": "dod-1", "step": step, **about, **state}, file)
+    except (UserError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         kept = "an earlier checkpoint is kept; make room, then --resume"
         raise UserError(f"could not write {path} ({error}); {kept}") from None
 
@@ -252,18 +414,25 @@ def save_checkpoint(path: Path, run: Run, step: int, about: dict) -> None:
 def resume(path: Path, run: Run, about: dict) -> int:
     """Loads a checkpoint into `run` -> its step. Raises UserError if it is of another run."""
     saved = load_checkpoint(path)
-    for name, now in about.items():
-        then = saved.get(name)
-        if name == "config":  # its fields one by one; guidance is for sampling only
-            differ = [k for k in now if now[k] != then.get(k) and k not in ("cfg", "guide_on")]
-            then, now = ([each.get(k) for k in differ] for each in (then, now))
-            name = f"the model's {', '.join(differ)}"
-        if then != now:
-            was = f"{name} was {then}, now {now}"
-            raise UserError(f"cannot resume {path}: {was}; repeat the flags of the first run")
-    for part in ("model", "ema", "optimizer"):
+    free = {"config": None, "cfg": None, "guide_on": None}  # guidance is for sampling only
+    then, now = ({**facts, **facts["config"], **free} for facts in (saved, about))
+    differ = [f"{k} was {then.get(k)}, now {now[k]}" for k in now if now[k] != then.get(k)]
+    if differ:
+        raise UserError(f"cannot resume {path}: {differ[0]}; repeat the flags of the first run")
+    for part in PARTS:
         getattr(run, part).load_state_dict(saved[part])
     return saved["step"]
+
+
+def initialise(path: Path, run: Run) -> str:
+    """--init: the EMA weights of another run, where name and shape agree -> what stays fresh."""
+    saved, own = load_checkpoint(path)["ema"], run.model.state_dict()
+    fitting = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
+    if not fitting:
+        raise UserError(f"--init {path}: no tensor fits this model; choose its --model")
+    for model in (run.model, run.ema):
+        model.load_state_dict(own | fitting)
+    return ", ".join(name for name in own if name not in fitting) or "nothing"
 
 
 # ----------------------------------------------------------------------------------------- the log
@@ -279,24 +448,34 @@ def open_log(path: Path, step: int):
     return path.open("a", buffering=1)
 
 
-def summarise(pending: list[tuple], seconds: float) -> dict:
-    """A log record of the last steps: loss, loss by quarter of t, gradient norm, images/s.
+def summarise(run: Run, pending: list[tuple], seconds: float, waited: float, stop: bool) -> dict:
+    """A log record of the last steps, of all processes: loss, loss by quarter of t, and the rest.
 
-    pending: (step, loss (B,), t (B,), norm ()) of each. Read here, not in each step, so that a GPU
+    pending: (step, t (b,), loss (b,), norm ()) of each. Read here, not in each step, so that a GPU
     need not wait. Raises FloatingPointError naming the first step whose loss is not finite.
     """
-    steps, losses, t, norms = zip(*pending, strict=True)
-    losses, t = torch.stack(losses).double().cpu(), torch.stack(t).cpu()
+    steps, t, losses, norms = zip(*pending, strict=True)
+    t, losses, norms = (torch.stack(parts).cpu().double() for parts in (t, losses, norms))
+    overflow_is_fine = run.scaler.is_enabled()  # fp16 skips such a step and scales down
     for step, loss, norm in zip(steps, losses, norms, strict=True):
-        if not (loss.isfinite().all() and norm.isfinite()):
+        if not (loss.isfinite().all() and (overflow_is_fine or norm.isfinite())):
             raise FloatingPointError(f"the loss of step {step} (or its gradient) is not finite")
-    quarters = [losses[(k / 4 <= t) & (t < (k + 1) / 4)] for k in range(4)]
+    quarter = (4 * t.flatten()).long().clamp(max=3)
+    sums = torch.zeros(4).double().index_add(0, quarter, losses.flatten())
+    totals = torch.cat([sums, quarter.bincount(minlength=4), torch.tensor([stop])])
+    if run.processes > 1:
+        dist.all_reduce(totals := totals.to(run.device))
+    *totals, stop = totals.tolist()
+    sums, counts = totals[:4], totals[4:]
     return {
         "step": steps[-1],
-        "loss": losses.mean().item(),
-        "loss_by_time": [q.mean().item() if len(q) else None for q in quarters],
-        "grad_norm": torch.stack(norms).mean().item(),
-        "images_per_s": losses.numel() / seconds,
+        "loss": sum(sums) / sum(counts),
+        "loss_by_time": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
+        "grad_norm": norms[norms.isfinite()].mean().item(),
+        "images_per_s": sum(counts) / seconds,
+        "waiting_for_data": waited / seconds,  # a share
+        "memory_gib": run.memory(),
+        "stop": bool(stop),
     }
 
 
@@ -312,39 +491,69 @@ def deferred_signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
-def run_steps(run: Run, pictures: Pictures, done: int, ckpt: Path, about: dict) -> int:
-    """Steps done + 1 to --steps, or until a signal comes; logs and saves -> the last step done."""
-    args, pending, since, step = run.args, [], time.time(), done
-    loader = DataLoader(
-        Examples(pictures, args, run.config),
-        batch_sampler=batches(
-            len(pictures), args.batch_size, args.seed, range(done + 1, args.steps + 1)
-        ),
-        num_workers=args.workers,
-    )
-    with (
-        deferred_signals() as caught,
-        open_log(ckpt.with_name("log.jsonl"), done) as log,
-        tqdm(loader, initial=done, total=args.steps, unit="step", mininterval=1) as bar,
-    ):
-        for step, parts in enumerate(bar, start=done + 1):
-            images, eps, x1, y, t = (part.to(run.device) for part in parts)
-            x0 = run.codec.encode(images)
-            loss, norm = run.step(step, x0, x1, y, t)
-            pending.append((step, loss, t, norm))
+class Log:
+    """log.jsonl and, with --tensorboard, TensorBoard's files; on process 0 alone."""
 
-            last = step == args.steps or bool(caught)
-            save = last or step % args.save_every == 0
-            if save or step % args.log_every == 0:
-                record = summarise(pending, time.time() - since)
-                log.write(json.dumps(record) + "\n")
-                pending, since = [], time.time()
+    def __init__(self, folder: Path, step: int, tensorboard: bool):
+        self.file, self.board = open_log(folder / "log.jsonl", step), None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "--tensorboard needs the package: pip install tensorboard"
+                ) from None
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        for name, value in record.items() if self.board else ():
+            for k, v in enumerate(value) if isinstance(value, list) else (("", value),):
+                if v is not None:
+                    self.board.add_scalar(f"{name}/{k}".rstrip("/"), v, record["step"])
+
+
+def run_steps(run: Run, data: Pictures | Latents, pictures, done: int, ckpt: Path, about: dict):
+    """Steps done + 1 to --steps, or until a signal comes; logs and saves -> the last step done."""
+    args, pending, step, first = run.args, [], done, run.rank == 0
+    items = batches(len(data), args.batch_size, args.seed, range(done + 1, args.steps + 1))
+    loader = iter(DataLoader(
+        Examples(data, args, run.config), batch_sampler=(batch[run.share] for batch in items),
+        num_workers=args.workers, pin_memory=run.device.type == "cuda",
+    ))  # fmt: skip
+    log = Log(ckpt.parent, done, args.tensorboard) if first else None
+    bar = tqdm(initial=done, total=args.steps, unit="step", mininterval=1, disable=not first)
+    began, waited = time.time(), 0.0
+    with deferred_signals() as caught, bar:
+        while step < args.steps:
+            asked, step = time.time(), step + 1
+            x, eps, x1, y, t = next(loader)
+            waited += time.time() - asked
+            batch = (part.to(run.device, non_blocking=True) for part in (x, eps, x1, y, t))
+            pending.append((step, t, *run.step(step, *batch)))
+            bar.update()
+
+            last, stop = step == args.steps, bool(caught) and run.processes == 1  # or see summarise
+            every = args.log_every, args.save_every, args.keep_every, args.sample_every
+            log_now, save, keep, draw = (n > 0 and step % n == 0 for n in every)
+            if not (log_now or save or keep or draw or last or stop):
+                continue
+            record = summarise(run, pending, time.time() - began, waited, bool(caught))
+            stop = record.pop("stop")
+            if first:
+                log.write(record)
                 rate = f"{record['images_per_s']:.0f} images/s"
                 bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate}")
-            if save:
-                save_checkpoint(ckpt, run, step, about)
-            if last:
+                if save or last or stop:
+                    save_checkpoint(ckpt, run, step, about)
+                if keep:
+                    save_checkpoint(ckpt.with_name(f"ckpt-{step:07}.pt"), run, step, about)
+                if draw and not (last or stop):
+                    spent = draw_samples(run, pictures, ckpt.with_name(f"samples-{step:07}.png"))
+                    log.write({"step": step, "evaluations": spent})
+            if stop:
                 break
+            pending, began, waited = [], time.time(), 0.0
     return step
 
 
@@ -357,56 +566,68 @@ RECORDED = (
 
 def train(args) -> None:
     """The whole run: data, model, steps; at the end, pictures of the loss and of samples."""
-    ckpt = Path(args.out) / "ckpt.pt"
-    if args.resume and args.overwrite:
-        raise UserError("--resume and --overwrite exclude each other; give one")
+    ckpt, (rank, size) = Path(args.out) / "ckpt.pt", processes()
+    if args.resume and (args.overwrite or args.init):
+        raise UserError("--resume excludes --overwrite and --init; give one")
+    if args.cache and args.vae == "none":
+        raise UserError("--cache keeps latents; without --vae there are none")
     there = [ckpt.with_name(f) for f in WRITTEN if ckpt.with_name(f).exists()]
     if there and not (args.resume or args.overwrite):
         how = "--resume continues a run, --overwrite starts again; or give another --out"
         raise UserError(f"{there[0]} exists; {how}")
     pictures, held_out = load_data(args.data, args.image_size, args.channels, args.held_out)
+    if len(pictures) < size:
+        raise UserError(f"{size} processes for {len(pictures)} pictures; start fewer")
+    codec = load_codec(args.vae, pick_device(args.device))
+    channels, latent_size = codec.latent_shape(args.channels, args.image_size)
     config = replace(
-        CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=args.image_size,
-        latent_channels=args.channels, num_classes=len(pictures.classes), cfg=args.cfg,
+        CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=latent_size,
+        latent_channels=channels, num_classes=len(pictures.classes), cfg=args.cfg,
     )  # fmt: skip
-    run = Run(args, config)
+    data = pictures
+    if args.cache:
+        data = open_cache(Path(args.cache), pictures, codec, args.workers)
+    run = Run(args, config, codec)
     about = {name: getattr(args, name) for name in RECORDED}
-    about |= {
-        "classes": pictures.classes,
-        "pictures": len(pictures),
-        "codec": run.codec.name,
-        "config": asdict(config),
-    }
-    done = resume(ckpt, run, about) if args.resume else 0
-    size = sum(p.numel() for p in run.model.parameters()) / 1e6
-    print(
-        f"{args.model}: {size:.2f} M parameters, {run.config.num_tokens} tokens, {run.device}; "
-        f"{len(pictures)} pictures in {len(pictures.classes)} classes, {len(held_out)} held out"
-    )
+    about |= {"classes": pictures.classes, "pictures": len(pictures)}
+    about |= {"codec": codec.name, "config": asdict(config)}
+    done = resume(ckpt, run, about) if args.resume and ckpt.exists() else 0
+    fresh = initialise(Path(args.init), run) if args.init else "all"
+    if rank == 0:
+        weights = sum(p.numel() for p in run.model.parameters()) / 1e6
+        print(f"{args.model}: {weights:.2f} M parameters, {config.num_tokens} tokens, ", end="")
+        print(f"{size} x {run.device.type}; {len(pictures)} pictures in ", end="")
+        print(f"{len(pictures.classes)} classes, {len(held_out)} held out; fresh weights: {fresh}")
     try:
-        done = run_steps(run, pictures, done, ckpt, about)
+        done = run_steps(run, data, pictures, done, ckpt, about)
     except FloatingPointError as error:
         kept = f"the last good checkpoint is {ckpt}" if ckpt.exists() else "nothing was saved yet"
         raise UserError(f"{error}; {kept}; a lower --lr may help") from None
     if done < args.steps:
-        print(f"stopped after step {done}; the same command with --resume continues")
+        if rank == 0:
+            print(f"stopped after step {done}; the same command with --resume continues")
         sys.exit(130)
+    if rank == 0:
+        finish(run, pictures, ckpt)
+
+
+def finish(run: Run, pictures: Pictures, ckpt: Path) -> None:
+    """Draws the loss and samples, and says what can be done next."""
     plot_log(ckpt.with_name("log.jsonl"), ckpt.with_name("loss.png"))
     draw_samples(run, pictures, ckpt.with_name("samples.png"))
     print(f"wrote {', '.join(WRITTEN)} into {ckpt.parent}. Next:")
     print(f"  python sample.py --ckpt {ckpt} --seed 1 --out more.png")
-    if config.N:
+    if run.config.N:
         print(f"  python sample.py --ckpt {ckpt} --prior YOUR_PICTURE.png --out variations.png")
-        print(f"  python evaluate.py stages --ckpt {ckpt}")
+        print(f"  python evaluate.py stages --ckpt {ckpt}    # FID of stages 1, 2, 3")
 
 
 def plot_log(log: Path, out: Path) -> None:
     """Draws the loss of log.jsonl, in all and by quarter of t."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    steps = [r["step"] for r in records]
-    figure = Figure(figsize=(7, 4), layout="tight")
+    records = [r for r in map(json.loads, log.read_text().splitlines()) if "loss" in r]
+    steps, figure = [r["step"] for r in records], Figure(figsize=(7, 4), layout="tight")
     axes = figure.subplots()
     for k in range(4):
         losses = [r["loss_by_time"][k] for r in records]
@@ -418,17 +639,20 @@ def plot_log(log: Path, out: Path) -> None:
         figure.savefig(temporary, dpi=100)
 
 
-def draw_samples(run: Run, pictures: Pictures, out: Path, rows: int = 4) -> None:
-    """Draws real pictures of (up to) ten classes, then the EMA model's samples of stages 1 to 3."""
+def draw_samples(run: Run, pictures: Pictures, out: Path, rows: int = 4) -> list[float]:
+    """Draws real pictures of (up to) ten classes, then the EMA model's samples of stages 1 to 3,
+    from the same noise each time -> evaluations per picture and stage."""
     shown = np.unique(pictures.labels)[:10].tolist()
     real = [np.resize(np.flatnonzero(pictures.labels == k), rows) for k in shown]  # may repeat
     real = torch.stack([pictures[column[row]][0] for row in range(rows) for column in real])
-    y = torch.tensor(shown * rows, device=run.device)
-    blocks, stages = [("real", real)], 3 if run.config.N else 1
-    for i, z0 in enumerate(generate(run.ema, y, stages, seed=run.args.seed, progress=True)):
+    y, stages, nfe = torch.tensor(shown * rows, device=run.device), 3 if run.config.N else 1, []
+    samples = generate(run.ema, y, stages, seed=run.args.seed, progress=True, nfe=nfe)
+    blocks = [("real", real)]
+    for i, z0 in enumerate(samples):
         blocks.append((f"stage {i + 1}\nw = {run.config.cfg if i else 1:g}", run.codec.decode(z0)))
     with replacing(out) as temporary:
         draw_grid(blocks, [pictures.classes[k] for k in shown]).save(temporary)
+    return [n.double().mean().item() for n in nfe]
 
 
 # ------------------------------------------------------------------------------------------- speed
@@ -438,22 +662,25 @@ def benchmark(args) -> None:
     """Times our step against the naive one and against the device's own large matrix product.
 
     GMACs are those of Table 4: linear layers, one forward pass, per image; a training step costs
-    three. The calls take turns, so that a disturbance hits all; medians of five are printed.
+    three. The calls take turns, so that a disturbance hits all; medians of five are printed. Under
+    torchrun, images/s are those of all processes, the matrix product that of one.
     """
-    config, B, rng = CONFIGS[args.model], args.batch_size, np.random.default_rng(0)
+    config, B = CONFIGS[args.model], args.batch_size
     if not config.N:
         raise UserError(f"{args.model} has no prior to be benchmarked; choose a DoD model")
     run, macs, share = Run(args, config), count_macs(config), sum(keeps_prior(B, args.p_s)) / B
     with_prior = macs["lem"] + macs["e_s"]
     cost = {"ours": share * with_prior + (1 - share) * macs["s"], "naive": with_prior}
-    shape = (2, B, config.latent_channels, config.latent_size, config.latent_size)
-    x0, x1 = torch.from_numpy(rng.standard_normal(shape, np.float32)).to(run.device)
-    y, t = torch.arange(B, device=run.device) % 10, logit_normal(B, rng).to(run.device)
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    rng, b = np.random.default_rng(run.rank), B // run.processes
+    x, (eps, x1) = rng.standard_normal((b, 2, *shape)), rng.standard_normal((2, b, *shape))
+    parts = *(torch.from_numpy(part).float() for part in (x, eps, x1)), torch.arange(b) % 10
+    batch = [part.to(run.device) for part in (*parts, logit_normal(b, rng))]
     side = 8192 if run.device.type == "cuda" else 3072
-    matrix = torch.randn(side, side, device=run.device, dtype=torch.bfloat16 if run.bf16 else None)
+    matrix = torch.randn(side, side, device=run.device, dtype=run.dtype)
     calls = {
-        "ours": lambda: run.step(1, x0, x1, y, t),
-        "naive": lambda: run.step(1, x0, x1, y, t, naive_loss),
+        "ours": lambda: run.step(1, *batch),
+        "naive": lambda: run.step(1, *batch, naive_loss),
         "matrix": lambda: matrix @ matrix,
     }
     times = {name: [] for name in calls}
@@ -463,18 +690,22 @@ def benchmark(args) -> None:
         if run.device.type != "cpu":
             getattr(torch, run.device.type).synchronize()
         times[name].append(time.perf_counter() - began)
+    if run.rank > 0:
+        return
     median = {name: np.median(times[name][1:]) for name in calls}  # the first warms up
     peak = 2 * side**3 / median["matrix"]
-    print(f"{args.model}, batch {B}, {run.device}, {matrix.dtype}; medians of 5")
+    print(f"{args.model}, batch {B}, {run.processes} x {run.device}, {matrix.dtype}; medians of 5")
     print(f"matrix product {side} x {side}: {peak / 1e9:.0f} GFLOP/s, the whole of 'share'")
     for name, count in cost.items():
-        flops = 3 * 2 * count * B / median[name]
+        flops = 3 * 2 * count * b / median[name]
         print(
             f"{name:6}{median[name]:8.3f} s/step {B / median[name]:9.2f} images/s "
             f"{count / 1e9:7.2f} GMACs/image {flops / 1e9:9.0f} GFLOP/s   share {flops / peak:.0%}"
         )
     ratio = np.median(np.divide(times["ours"][1:], times["naive"][1:]))
     print(f"ours / naive: {ratio:.3f} of the time, {cost['ours'] / cost['naive']:.3f} of the GMACs")
+    days = 1e6 * 256 / (B / median["ours"]) / 86400
+    print(f"memory {run.memory():.1f} GiB; the paper's 1M steps of 256: {days:,.0f} days like this")
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -486,6 +717,7 @@ DATA = {  # what --data changes in the defaults; a folder of pictures is as CIFA
     "mnist": dict(image_size=28, channels=1, patch_size=7, flip=False, cfg=2),
     "cifar10": dict(image_size=32, channels=3, patch_size=4, flip=True, cfg=3.5),
 }
+IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, cfg=5.5)  # with --vae
 # CHOICE: DoD-Ti learns at 20 times the paper's rate. Without the warm-up LEM then died in our runs:
 # e_s became the same for all pictures, and the loss with a prior the same as without.
 SMALL = dict(batch_size=64, lr=2e-3, warmup=300, steps=2500)
@@ -493,42 +725,52 @@ PAPER = dict(batch_size=256, lr=1e-4, warmup=0, steps=400_000)  # section 4.1
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags; the defaults depend on --data and --model, and --help shows those in force."""
-    parser = Parser("Trains DoD. The defaults shown are those for the given --data and --model.")
+    """The flags; the defaults depend on --data, --vae, --model; --help shows those in force."""
+    parser = Parser("Trains DoD. The defaults shown are those for the --data, --vae, --model given.")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    share, natural = at_least(float, 0, 1), at_least(int, 1)
+    share, natural, count = at_least(float, 0, 1), at_least(int, 1), at_least(int, 0)
     add("--data", default="letters", help="letters, digits, mnist, cifar10 or a folder of folders")
-    add("--model", default="DoD-Ti", choices=CONFIGS, help="preset; DoD-Ti is for a CPU")
+    add("--vae", default="none", help="Stable Diffusion's, of diffusers: hub name or folder")
+    add("--cache", help="folder for latents, encoded once, with --vae")
+    add("--model", default="DoD-Ti", choices=CONFIGS, help="preset; -Ti are for a CPU")
     add("--out", help="folder of the run")
-    add("--resume", action=switch, default=False, help="continue the run in --out")
+    add("--resume", action=switch, default=False, help="continue the run in --out, if it has a checkpoint")
     add("--overwrite", action=switch, default=False, help="replace the run in --out")
+    add("--init", help="checkpoint whose EMA weights to start from, where they fit")
     add("--image-size", type=natural, help="pixels; pictures are resized and centre-cropped")
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: RGB")
-    add("--patch-size", type=natural, help="p, pixels")
-    add("--latent-tokens", type=at_least(int, 0), help="N, Table 2; 0: no LEM (FiTv2)")
+    add("--patch-size", type=natural, help="p, pixels or places of the latent")
+    add("--latent-tokens", type=count, help="N, Table 2; 0: no LEM (FiTv2)")
     add("--flip", action=switch, help="mirror pictures at random")
     add("--held-out", type=at_least(float, 0, 0.9), default=0.1, help="share, up to 5000")
     add("--steps", type=natural, help="training steps")
-    add("--batch-size", type=natural, help="pictures per step")
+    add("--batch-size", type=natural, help="pictures per step, of all processes together")
+    add("--grad-accum", type=natural, default=1, help="micro-batches of a step, in turn")
     add("--lr", type=at_least(float, 0), help="AdamW's constant learning rate")
-    add("--warmup", type=at_least(int, 0), help="steps over which the rate first grows")
+    add("--warmup", type=count, help="steps over which the rate first grows")
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
     add("--class-dropout", type=share, default=0.1, help="probability of the null class")
     add("--cfg", type=at_least(float, 1), help="the model's guidance where sampling names none")
     add("--seed", type=at_least(int, 0, 2**63), default=0, help="same seed, same run")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
+    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
+        help="autocast; auto: bf16 or fp16 on CUDA, else fp32")
     add("--compile", action=switch, default=False, help="torch.compile")
+    add("--grad-checkpoint", action=switch, default=False, help="less memory, a third slower")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--workers", type=at_least(int, 0), default=0, help="processes that load pictures")
+    add("--workers", type=count, default=0, help="processes that load pictures, for each process")
     add("--log-every", type=natural, default=50, help="steps between records in log.jsonl")
     add("--save-every", type=natural, default=1000, help="steps between checkpoints")
+    add("--keep-every", type=count, default=0, help="steps between checkpoints kept; 0: the newest")
+    add("--sample-every", type=count, default=0, help="steps between grids of samples; 0: at the end")
+    add("--tensorboard", action=switch, default=False, help="log there too, if installed")
     add("--benchmark", action="store_true", help="time the training step, nothing else")
     # fmt: on
     first, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    data, model = first.data, first.model
+    data, model, preset = first.data, first.model, CONFIGS[first.model]
     parser.set_defaults(**DATA.get(data, DATA["cifar10"]), out=f"out/{Path(data).resolve().name}")
-    preset = CONFIGS[model]
     parser.set_defaults(**(SMALL if model.endswith("-Ti") else PAPER), latent_tokens=preset.N)
+    if first.vae != "none":
+        parser.set_defaults(**IMAGENET)
     if not model.endswith("-Ti"):
         parser.set_defaults(patch_size=preset.p, cfg=preset.cfg)
     return parser.parse_args(argv)
@@ -537,7 +779,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     args.p_s = args.p_s if args.latent_tokens else 1.0  # without LEM nobody has a prior
-    benchmark(args) if args.benchmark else train(args)
+    with process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo"):
+        benchmark(args) if args.benchmark else train(args)
 
 
 if __name__ == "__main__":
