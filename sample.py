@@ -411,6 +411,94 @@ def draw_grid(blocks: list[tuple[str, torch.Tensor]], titles: list[str]) -> Imag
     return canvas
 
 
+# ---------------------------------------------------------------------------- samples by thousands
+
+
+def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dict) -> None:
+    """--num pictures of the last stage -> --npz, as guided-diffusion's evaluator reads it (arr_0
+    uint8 (n, H, W, 3), arr_1 labels), and --png-dir, files NUMBER-CLASS.png.
+
+    Chunks of --batch-size consecutive numbers are shared by the processes. Each appears whole in a
+    folder beside the output, so a run that was killed goes on with what is missing; and the result
+    does not depend on the number of processes. settings: generate's, which how.json repeats.
+    """
+    (rank, size), b = processes(), args.batch_size
+    parts = Path(f"{args.npz or args.png_dir}.parts")
+    weights = b"".join(p.flatten()[:999].cpu().numpy().tobytes() for p in model.parameters())
+    how = settings | {"num": args.num, "batch_size": b, "labels": args.labels, "classes": classes}
+    how |= {"codec": codec.name, "precision": args.precision}
+    how |= {"weights": hashlib.sha256(weights).hexdigest()}
+    then = json.loads((parts / "how.json").read_text()) if parts.exists() else how
+    differ = [name for name in how if then.get(name) != how[name]]
+    if differ:
+        raise UserError(
+            f"{parts} has samples of another {differ[0]}; repeat its flags or remove it"
+        )
+    starts = range(0, args.num, b)
+    files = {first: parts / f"{first:06}.npy" for first in starts}
+    missing = [first for first in starts if not files[first].exists()]
+    wait()  # all have looked before one begins to write
+    with replacing(parts / "how.json") as temporary:
+        temporary.write_text(json.dumps(how))
+    y = torch.tensor([label(n, classes, args.labels, args.seed) for n in range(args.num)])
+    with tqdm(total=args.num, unit="picture", disable=rank > 0) as bar:
+        bar.update(max(0, args.num - len(missing) * b))  # done by an earlier run
+        for first in missing[rank::size]:
+            rows = y[first : first + b].to(model.cos.device)
+            z0 = generate(model, rows, **settings, start=first, batch_size=b)[-1]
+            images = codec.decode(z0).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # grey -> RGB
+            with replacing(files[first]) as temporary, temporary.open("wb") as stream:
+                np.save(stream, images.cpu().numpy())
+            bar.update(min(b * size, args.num - bar.n))
+    wait()
+    for first in starts[rank::size] if args.png_dir else ():
+        for n, pixels in enumerate(np.load(files[first]), start=first):
+            with replacing(Path(args.png_dir) / f"{n:06}-{y[n]}.png") as temporary:
+                Image.fromarray(pixels).save(temporary)
+    wait()
+    if rank == 0:
+        if args.npz:
+            write_npz(args.npz, [*files.values()], y.numpy())
+        shutil.rmtree(parts)
+        print(f"wrote {args.num} pictures to {args.npz or args.png_dir}")
+
+
+def label(n: int, classes: list[int], how: str, seed: int) -> int:
+    """The class of picture n: each in turn, or random by (seed, n)."""
+    rng = np.random.default_rng((seed, 3, n))
+    return classes[n % len(classes) if how == "balanced" else rng.integers(len(classes))]
+
+
+def write_npz(path: Path, files: list[Path], y: np.ndarray) -> None:
+    """Joins .npy files into arr_0 of an .npz, one at a time: 50,000 pictures are 9.8 GB."""
+    first = np.load(files[0], mmap_mode="r")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(y), *first.shape[1:])}
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for file in files:
+                stream.write(np.load(file).tobytes())
+        with archive.open("arr_1.npy", "w") as stream:
+            np.save(stream, y)
+
+
+def benchmark(args, model: DoD, classes: list[int], settings: dict) -> None:
+    """Prints images/s of all stages, for both solvers: medians of 3 batches after a first one."""
+    y = torch.tensor([classes[n % len(classes)] for n in range(args.batch_size)])
+    print(
+        f"{settings['stages']} stages, w = {settings['cfg']}, {args.batch_size} pictures at a time"
+    )
+    for solver in ("euler", "dopri5"):
+        times, case, nfe = [], settings | {"solver": solver, "batch_size": len(y)}, []
+        for _ in range(4):
+            began, nfe = time.perf_counter(), []
+            generate(model, y.to(model.cos.device), **case, nfe=nfe)[-1].cpu()  # waits for a GPU
+            times.append(time.perf_counter() - began)
+        spent = ", ".join(f"{n.double().mean():.1f}" for n in nfe)
+        rate = len(y) / np.median(times[1:])
+        print(f"{solver:8}{rate:9.2f} images/s   evaluations per picture and stage: {spent}")
+
+
 # -------------------------------------------------------------------------------- the command
 
 
@@ -442,67 +530,112 @@ def scales(text: str) -> list[float]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("Samples from a checkpoint, stage by stage, into one labelled picture.")
-    add = parser.add_argument
+    parser = Parser("Samples from a checkpoint, stage by stage, into a labelled picture or a set.")
+    add, natural, switch = parser.add_argument, at_least(int, 1), argparse.BooleanOptionalAction
     # fmt: off
     add("--ckpt", required=True, help="checkpoint of train.py")
-    add("--classes", help="names, numbers, ranges: A-J or 0-9 or cat,dog; unset: ten")
-    add("--per-class", type=at_least(int, 1), default=4, help="pictures of each class")
-    add("--stages", type=at_least(int, 1), help="1: no prior; unset: 2, without LEM 1")
-    add("--cfg", type=scales, help="w of stages 2, 3, ..., of --prior's blocks")
+    add("--classes", help="names, numbers, ranges: A-J or 0-9 or cat,dog; unset: ten, in sets all")
+    add("--per-class", type=natural, default=4, help="pictures of each class")
+    add("--stages", type=natural, help="1: no prior; unset: 2, without LEM 1")
+    add("--cfg", type=scales, help="w of stages 2, 3, ..., of --prior's blocks; unset: the model's")
     add("--cfg-stage1", type=at_least(float, 1), default=1.0, help="of stage 1; 1: off")
     add("--guide-on", choices=["both", "prior"], help="what v_u of guidance lacks")
     add("--solver", choices=["dopri5", "euler"], default="dopri5", help="RK45 or Euler's method")
-    add("--steps", type=at_least(int, 1), help="Euler steps per stage; unset: 50")
+    add("--steps", type=natural, help="Euler steps per stage; unset: 50")
     add("--prior", help="a picture of yours as the visual prior: variations of it")
     add("--seed", type=at_least(int, 0, 2**63), default=0, help="same seed, same pictures")
-    add("--batch-size", type=at_least(int, 1), default=256, help="pictures at a time")
+    add("--batch-size", type=natural, default=256, help="pictures at a time")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, for speed")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--vae", help="where the checkpoint's VAE is now; unset: where it was")
     add("--out", default="samples.png", help="picture to write")
-    add("--overwrite", action=argparse.BooleanOptionalAction, default=False, help="replace --out")
+    add("--npz", help="a set instead: file for guided-diffusion's evaluator; also with torchrun")
+    add("--png-dir", help="a set instead: folder for PNG files; also with torchrun")
+    add("--num", "--number", type=natural, default=50_000, help="pictures of a set")
+    add("--labels", choices=["balanced", "random"], default="balanced", help="classes of a set")
+    add("--overwrite", action=switch, default=False, help="replace --out, --npz")
+    add("--benchmark", action="store_true", help="images/s of --batch-size pictures")
     # fmt: on
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse(sys.argv[1:])
-    refuse_existing(args.out, args.overwrite)
-    if Path(args.out).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--out {args.out} does not end as a picture does; try {args.out}.png")
-    checkpoint, device = load_checkpoint(args.ckpt), pick_device(args.device)
-    model, codec = load_model(checkpoint, device), load_codec(checkpoint["codec"])
-    names = [*checkpoint["classes"], ""]  # the last is the null class
-    stages = args.stages or (2 if model.config.N else 1)
-    if args.prior is None and len(args.cfg or []) > max(1, stages - 1):
-        raise UserError(f"--cfg has {len(args.cfg)} values for {stages - 1} stages with a prior")
-    if args.steps and args.solver != "euler":
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that contradict each other or the files that are there."""
+    many = args.npz or args.png_dir
+    if processes()[1] > 1 and not many:
+        raise UserError("several processes are for sets of samples: --npz, --png-dir")
+    if many and (args.prior or args.benchmark):
+        raise UserError("--npz and --png-dir exclude --prior and --benchmark")
+    if args.steps and args.solver != "euler" and not args.benchmark:
         raise UserError("--steps is for --solver euler; dopri5 finds its own steps")
-    classes = [*range(len(names) - 1)][:10] if args.prior is None else [model.null_class]
-    if args.classes is not None:
-        classes = parse_classes(args.classes, names[:-1])
-    y, titles = torch.tensor(classes * args.per_class, device=device), [names[k] for k in classes]
-    if len(classes) == 1:  # one class: side by side
-        titles = titles * args.per_class
+    if not many and Path(args.out).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {args.out} does not end as a picture does; try {args.out}.png")
+    if args.npz and Path(args.npz).suffix != ".npz":
+        raise UserError(f"--npz {args.npz} does not end in .npz; try {args.npz}.npz")
+    if args.npz or not (many or args.benchmark):
+        refuse_existing(args.npz or args.out, args.overwrite)
+    if args.png_dir and Path(args.png_dir).exists() and any(Path(args.png_dir).iterdir()):
+        if not Path(f"{args.npz or args.png_dir}.parts").exists():
+            raise UserError(f"--png-dir {args.png_dir} is not empty; give another folder")
 
-    began, blocks, nfe, w = time.time(), [], [], args.cfg or [model.config.cfg]
-    rest = (args.guide_on, args.solver, args.steps or 50, args.seed, 0)
-    if args.prior is not None:
-        picture = load_picture(args.prior, checkpoint["image_size"], checkpoint["channels"])
-        z0 = codec.encode(picture[None].to(device)).expand(len(y), -1, -1, -1)
-        blocks = [("yours", codec.decode(z0[: len(titles)]))]
-        for w_i in w:
-            z, *_ = generate(model, y, 1, [w_i], *rest, z0, args.batch_size, True, nfe)
-            blocks.append((f"w = {w_i:g}", codec.decode(z)))
+
+def grid(args, model, codec, names, classes, settings, prior: torch.Tensor | None) -> None:
+    """Draws --out: a block of pictures for each stage, or of variations of a prior for each w."""
+    device, began, nfe, blocks = model.cos.device, time.time(), [], []
+    y = torch.tensor(classes * args.per_class, device=device)
+    titles = [names[k] for k in classes] * (args.per_class if len(classes) == 1 else 1)
+    rest = dict(batch_size=args.batch_size, progress=True, nfe=nfe)
+    if prior is None:
+        samples = generate(model, y, **settings, **rest)
+        labels = [f"stage {i + 1}\nw = {w:g}" for i, w in enumerate(settings["cfg"])]
     else:
-        w = [args.cfg_stage1, *w, *w[-1:] * stages][:stages]
-        samples = generate(model, y, stages, w, *rest, None, args.batch_size, True, nfe)
-        for i, z in enumerate(samples):
-            blocks.append((f"stage {i + 1}\nw = {w[i]:g}", codec.decode(z)))
+        z0 = codec.encode(prior[None].to(device)).expand(len(y), -1, -1, -1)
+        blocks, labels, samples = [("yours", codec.decode(z0[: len(titles)]))], [], []
+        for w in args.cfg or [model.config.cfg]:
+            case = settings | {"stages": 1, "cfg": [w]}
+            samples += generate(model, y, **case, **rest, prior=z0)
+            labels.append(f"w = {w:g}")
+    blocks += [(text, codec.decode(z)) for text, z in zip(labels, samples, strict=True)]
     with replacing(args.out) as temporary:
         draw_grid(blocks, titles).save(temporary)
     spent = ", ".join(f"{n.double().mean():.1f}" for n in nfe)
     print(f"wrote {args.out}: {len(y)} pictures per block in {time.time() - began:.1f} s")
     print(f"evaluations per picture: {spent}")
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    check(args)
+    checkpoint, device = load_checkpoint(args.ckpt), pick_device(args.device)
+    model, codec = (
+        load_model(checkpoint, device),
+        load_codec(args.vae or checkpoint["codec"], device),
+    )
+    config, names = model.config, [*checkpoint["classes"], ""]  # the last is the null class
+    stages = args.stages or (2 if config.N else 1)
+    if args.prior is None and len(args.cfg or []) > max(1, stages - 1):
+        raise UserError(f"--cfg has {len(args.cfg)} values for {stages - 1} stages with a prior")
+    w = args.cfg or [config.cfg]
+    settings = {"stages": stages, "cfg": [args.cfg_stage1, *w, *w[-1:] * stages][:stages]}
+    settings |= {"guide_on": args.guide_on or config.guide_on, "solver": args.solver}
+    settings |= {"steps": args.steps or 50, "seed": args.seed}
+    many, classes = args.npz or args.png_dir, [*range(config.num_classes)]
+    classes = [model.null_class] if args.prior else classes if many else classes[:10]
+    if args.classes is not None:
+        classes = parse_classes(args.classes, names[:-1])
+    prior = args.prior
+    if prior is not None:
+        prior = load_picture(prior, checkpoint["image_size"], checkpoint["channels"])
+    with (
+        process_group("gloo", timedelta(days=7)),  # some may be done long before others
+        torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"),
+    ):
+        if many:
+            sample_set(args, model, codec, classes, settings)
+        elif args.benchmark:
+            benchmark(args, model, classes, settings)
+        else:
+            grid(args, model, codec, names, classes, settings, prior)
 
 
 if __name__ == "__main__":

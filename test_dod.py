@@ -65,6 +65,20 @@ def close(a, b, tolerance: float = 1e-5) -> bool:
     return torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
 
 
+def torchrun(n: int, script: str, *argv) -> subprocess.CompletedProcess:
+    """A script on n processes of this machine, each with one thread."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={n}",
+    ]
+    command += [HERE / script, *map(str, argv)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
 def run(module, *argv: str) -> int:
     """A script's command in this process -> its exit status."""
     before, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, argv)]
@@ -497,20 +511,6 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(trained, tmp_path, mon
     assert json.loads(logs[0][-1])["grad_norm"] == json.loads(logs[1][-1])["grad_norm"]
 
 
-def torchrun(n: int, script: str, *argv, **env) -> subprocess.CompletedProcess:
-    """A script on n processes of this machine, each with one thread."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={n}",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    command = [*launcher, HERE / script, *map(str, argv)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-
-
 def test_two_processes_or_micro_batches_train_as_one_process_does(tmp_path):
     # p_s = 0.25 of 8: one of the two processes' micro-batches of 2 keeps every prior.
     flags = [*QUICK, "--p-s", 0.25, "--steps", 3, "--log-every", 3, "--seed", 5]
@@ -636,6 +636,48 @@ def test_pixels_survive_the_codec():
     assert codec.decode(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    """Folders of two tiny VAEs with random weights: kl, with a shift and a scale, and tiny."""
+    diffusers, out = pytest.importorskip("diffusers"), tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    kinds = ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2
+    diffusers.AutoencoderKL(
+        down_block_types=kinds[0], up_block_types=kinds[1], block_out_channels=[8, 16],
+        norm_num_groups=4, latent_channels=4, scaling_factor=3.0, shift_factor=0.5,
+    ).save_pretrained(out / "kl")  # fmt: skip
+    diffusers.AutoencoderTiny(
+        encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8],
+        num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1],
+    ).save_pretrained(out / "tiny")  # fmt: skip
+    return out
+
+
+def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae):
+    codec, g = sample.load_codec(str(vae / "kl")), torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 16, 16), generator=g, dtype=torch.uint8)
+    eps = torch.randn(40, 4, 8, 8, generator=g)
+    posterior = codec.vae.encode(images / 127.5 - 1).latent_dist  # in one pass, not 32 at a time
+    expected = 3 * (posterior.mean - 0.5 + posterior.std * eps)
+    assert close(codec.encode(images, eps), expected, 1e-4) and posterior.std.min() > 0.1
+    assert close(codec.encode(images), 3 * (posterior.mean - 0.5), 1e-4)
+    pixels = codec.vae.decode(expected / 3 + 0.5).sample
+    wrong = codec.decode(expected).int() - (127.5 * pixels + 128).clamp(0, 255).int()
+    assert wrong.abs().max() <= 1 and (wrong != 0).double().mean() < 0.01  # rounding
+    assert codec.latent_shape(3, 16) == (4, 8)
+    for channels, size in ((1, 16), (3, 17)):
+        with pytest.raises(model.UserError, match="multiple of 2 pixels"):
+            codec.latent_shape(channels, size)
+    (vae / "bare").mkdir()
+    (vae / "bare/config.json").write_bytes((vae / "kl/config.json").read_bytes())
+    with pytest.raises(model.UserError, match="bare cannot be loaded"):  # no weights
+        sample.load_codec(str(vae / "bare"))
+    tiny = sample.load_codec(str(vae / "tiny"))
+    mean, std = tiny.moments(images)
+    assert close(mean, tiny.vae.encode(images / 127.5 - 1).latents, 1e-4) and std.max() == 0
+    assert tiny.latent_shape(3, 16) == (4, 8) and tiny.decode(mean).shape == images.shape
+
+
 def test_noise_is_normal_and_a_function_of_seed_number_and_stage():
     z = sample.noise((50, 50), 1, range(4), 0)
     assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
@@ -706,6 +748,66 @@ def test_the_sample_command_is_repeatable_and_takes_a_picture_as_prior(trained, 
         assert picture.width < picture.height  # two columns; a block for the picture and each w
 
 
+def test_a_set_of_samples_is_an_npz_of_pictures_that_depend_on_their_number_alone(
+    trained, tmp_path
+):
+    flags = ["--ckpt", trained / "ckpt.pt", "--solver", "euler", "--steps", 2, "--number", 23]
+    flags += ["--batch-size", 4, "--seed", 7, "--device", "cpu"]
+    one, two = tmp_path / "one.npz", tmp_path / "two.npz"
+    assert run(sample, *flags, "--npz", one, "--png-dir", tmp_path / "png") == 0
+    ended = torchrun(2, "sample.py", *flags, "--npz", two)
+    assert ended.returncode == 0, ended.stderr
+    with np.load(one) as a, np.load(two) as b:
+        images, y = a["arr_0"], a["arr_1"]
+        assert (images == b["arr_0"]).all() and (y == b["arr_1"]).all()
+    assert images.shape == (23, 8, 8, 3) and images.dtype == np.uint8 and one.stat().st_size > 0
+    assert y.tolist() == [n % 10 for n in range(23)]
+    saved = sample.load_checkpoint(trained / "ckpt.pt")
+    dod, last = sample.load_model(saved), torch.tensor(y[20:])
+    z0 = sample.generate(dod, last, 2, solver="euler", steps=2, seed=7, start=20)[-1]
+    assert (sample.Codec().decode(z0)[:, 0].numpy() == images[20:, :, :, 0]).all()
+    names = sorted(p.name for p in (tmp_path / "png").iterdir())
+    assert len(names) == 23 and names[13] == "000013-3.png"
+    with Image.open(tmp_path / "png" / names[13]) as picture:
+        assert (np.array(picture) == images[13]).all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.npz", "png", "two.npz"]
+    chosen = [sample.label(n, [3, 5], "random", 0) for n in range(1000)]
+    assert abs(chosen.count(3) - 500) < 80 and chosen.count(3) + chosen.count(5) == 1000
+    assert chosen[7:9] == [sample.label(n, [3, 5], "random", 0) for n in (7, 8)]
+
+
+def test_a_set_of_samples_goes_on_after_a_kill_and_refuses_other_settings(
+    trained, tmp_path, monkeypatch, capfd
+):
+    flags = ["--ckpt", trained / "ckpt.pt", "--solver", "euler", "--num", 9, "--batch-size", 2]
+    flags += ["--stages", 1, "--npz", tmp_path / "a.npz"]
+    generate, starts = sample.generate, []
+
+    def dies(*args, start, **rest):
+        starts.append(start)
+        if len(starts) == 3:
+            raise KeyboardInterrupt
+        return generate(*args, start=start, **rest)
+
+    monkeypatch.setattr(sample, "generate", dies)
+    assert run(sample, *flags) == 130 and not (tmp_path / "a.npz").exists()
+    assert run(sample, *flags, "--seed", 1) == 2
+    assert "another seed" in capfd.readouterr().err
+    assert run(sample, *flags) == 0
+    assert starts == [0, 2, 4, 4, 6, 8]  # what was done is not done again
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["arr_0"].shape == (9, 8, 8, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_the_sampling_benchmark_reports_both_solvers(trained, capsys):
+    flags = ["--ckpt", trained / "ckpt.pt", "--benchmark", "--batch-size", 3, "--steps", 2]
+    assert run(sample, *flags, "--precision", "bf16") == 0
+    euler, dopri5 = capsys.readouterr().out.splitlines()[1:]
+    assert re.match(r"euler +[\d.]+ images/s .*: 2\.0, 2\.0$", euler)
+    assert re.match(r"dopri5 +[\d.]+ images/s .*: [\d.]+, [\d.]+$", dopri5)
+
+
 # ------------------------------------------------------------------ what users get wrong
 
 
@@ -746,10 +848,21 @@ class Code:
     ("sample --ckpt RUN/ckpt.pt --device meta", "not available"),
     ("sample --ckpt RUN/ckpt.pt --steps -3", "at least 1"),
     ("sample --ckpt RUN/ckpt.pt --prior text.pt", "not a readable picture"),
-    ("sample --ckpt RUN/ckpt.pt --out file", "exists"),
+    ("sample --ckpt RUN/ckpt.pt --out mine.png", "exists"),
+    ("sample --ckpt RUN/ckpt.pt --npz file", "file.npz"),
+    ("sample --ckpt RUN/ckpt.pt --npz a.npz --prior a.png", "exclude"),
+    ("sample --ckpt RUN/ckpt.pt --png-dir broken", "not empty"),
+    ("sample --ckpt RUN/ckpt.pt --npz a.npz --num 0", "at least 1"),
+    ("sample --ckpt RUN/ckpt.pt --npz a.npz --classes 3-12", "unknown"),
+    ("train --data broken --vae single", "single cannot be loaded"),
+    ("train --data digits --vae no-such/vae", "folder made by save_pretrained"),
+    ("train --data digits --cache here", "without --vae"),
+    ("train --data digits --batch-size 9 --grad-accum 2", "not divisible by 1 processes x 2"),
+    ("train --data digits --init text.pt", "text.pt"),
 ])  # fmt: skip
 def test_user_errors_end_in_one_line(argv, message, trained, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no network, at once
     for name in ("empty", "hollow/a", "hollow/b", "single/a", "broken/a", "broken/b"):
         Path(name).mkdir(parents=True)
     for name in ("hollow/a/1.png", "single/a/1.png", "broken/a/1.png"):
@@ -757,6 +870,7 @@ def test_user_errors_end_in_one_line(argv, message, trained, tmp_path, monkeypat
     whole = (trained / "ckpt.pt").read_bytes()
     Path("broken/b/bad.png").write_bytes(whole[:99])
     Path("file").write_text("mine")
+    Path("mine.png").write_text("mine")
     Path("cut.pt").write_bytes(whole[: len(whole) // 2])
     Path("text.pt").write_text("text")
     Path("code.pt").write_bytes(pickle.dumps(Code()))
