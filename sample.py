@@ -230,7 +230,7 @@ class VAE(Codec):
             kind = {"AutoencoderTiny": diffusers.AutoencoderTiny}
             kind = kind.get(config["_class_name"], diffusers.AutoencoderKL)
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            vae = kind.from_pretrained(name, torch_dtype=dtype)
+            vae = kind.from_pretrained(name, torch_dtype=dtype, low_cpu_mem_usage=False)
         except Exception as error:  # no package, no network, no such name, no weights in the folder
             reason = " ".join(str(error).split())[:120]
             advice = "give a name on the Hugging Face Hub or a folder made by save_pretrained"

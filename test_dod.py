@@ -608,21 +608,148 @@ def test_letters_are_a_function_of_their_number_and_held_out_ones_are_others():
     assert len(a) + len(b) == 1797 and len(b) == 359 and a[0][0].shape == (1, 8, 8)
 
 
-def test_folders_of_odd_pictures_are_read(tmp_path):
+def odd_pictures(folder: Path) -> None:
+    """Two classes of grey, palette, CMYK, RGBA, 1-pixel, 16-bit and EXIF-rotated pictures."""
     odd = {"a/grey.png": ("L", 40, 9), "a/palette.PNG": ("P", 9, 30), "b/dot.bmp": ("RGB", 1, 1)}
     odd |= {"b/deep/cmyk.JPEG": ("CMYK", 64, 64), "b/alpha.webp": ("RGBA", 5, 7)}
+    odd |= {"a/deep grey.png": ("I;16", 12, 20)}
     for name, (mode, *size) in odd.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new(mode, size).save(tmp_path / name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, size).save(folder / name)
     turned, exif = Image.new("RGB", (8, 4), "white"), Image.Exif()
     turned.paste("black", (0, 0, 4, 4))
     exif[0x0112] = 6  # EXIF: to be shown turned by 90 degrees
-    turned.save(tmp_path / "a/turned.png", exif=exif)
+    turned.save(folder / "a/turned.png", exif=exif)
+
+
+def test_folders_of_odd_pictures_are_read(tmp_path):
+    odd_pictures(tmp_path)
     pictures, _ = train.load_data(str(tmp_path), 8, 3, 0)
-    assert pictures.classes == ["a", "b"] and sorted(pictures.labels) == [0, 0, 0, 1, 1, 1]
-    assert {pictures[i][0].shape for i in range(6)} == {(3, 8, 8)}
+    assert pictures.classes == ["a", "b"] and sorted(pictures.labels) == [0] * 4 + [1] * 3
+    assert {pictures[i][0].shape for i in range(7)} == {(3, 8, 8)}
     image = sample.load_picture(tmp_path / "a/turned.png", 4, 1)
     assert image[0, 0].max() < 99 and image[0, -1].min() > 150  # black is on top now
+
+
+def test_cached_latents_are_both_flips_posteriors_and_train_as_encoding_does(
+    vae, tmp_path, monkeypatch, capfd
+):
+    odd_pictures(tmp_path / "data")
+    monkeypatch.setattr(train.Latents, "PART", 64)
+    flags = ["--data", tmp_path / "data", "--vae", vae / "kl", "--image-size", 16]
+    flags += ["--batch-size", 4, "--steps", 2, "--log-every", 1, "--held-out", 0, "--device", "cpu"]
+    cache, step, seen = tmp_path / "cache", train.Run.step, []
+    monkeypatch.setattr(train.Run, "step", lambda *a: seen.append(a) or step(*a))
+    assert run(train, *flags, "--out", tmp_path / "a") == 0
+    assert "standard deviation" in capfd.readouterr().err  # random weights: latents far from 1
+    assert run(train, *flags, "--out", tmp_path / "b", "--cache", cache, "--workers", 1) == 0
+    assert "GB" in capfd.readouterr().out  # said before it starts
+    first, second = (
+        json.loads((tmp_path / k / "log.jsonl").read_text().splitlines()[0]) for k in "ab"
+    )
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-2)  # fp16, the same draws
+    codec = sample.load_codec(str(vae / "kl"))
+    (parts,), (pictures, _) = cache.glob("*.npy"), train.load_data(str(tmp_path / "data"), 16, 3, 0)
+    images = torch.stack([pictures[i][0] for i in range(7)])
+    for flip, x in enumerate((images, images.flip(-1))):
+        for k, moment in enumerate(codec.moments(x)):
+            assert close(torch.from_numpy(np.load(parts)[:, flip, k]).float(), moment, 1e-2)
+    x, eps = seen[-1][2:4]
+    assert x.shape == (4, 2, 4, 8, 8) and close(  # step uses mean + std eps
+        seen[0][0].codec.encode(seen[0][2], eps), x[:, 0] + x[:, 1] * eps, 0.05
+    ) == (seen[0][1] == seen[-1][1])
+    stamp = parts.stat().st_mtime_ns
+    assert run(train, *flags, "--out", tmp_path / "c", "--cache", cache, "--seed", 1) == 0
+    assert parts.stat().st_mtime_ns == stamp  # opened, not made again
+    moved = [*flags[:3], vae / "tiny", *flags[4:]]
+    for wrong, words in (
+        ([*flags, "--cache", tmp_path / "data"], "no meta.json"),
+        ([*moved, "--cache", cache], "another vae"),
+        ([*flags, "--cache", cache, "--held-out", 0.3], "another count"),
+    ):
+        assert run(train, *wrong, "--out", tmp_path / "d") == 2
+        assert words in capfd.readouterr().err.splitlines()[-1]
+    np.save(parts, np.roll(np.load(parts), 1, axis=0))
+    assert run(train, *flags, "--out", tmp_path / "d", "--cache", cache) == 2
+    assert "of another picture or VAE" in capfd.readouterr().err
+    parts.write_bytes(parts.read_bytes()[:999])
+    assert run(train, *flags, "--out", tmp_path / "d", "--cache", cache) == 2
+    assert "damaged" in capfd.readouterr().err
+
+
+def test_a_cache_is_encoded_by_all_processes_and_only_where_parts_are_missing(
+    vae, tmp_path, monkeypatch
+):
+    pictures, _ = train.load_data("letters", 16, 3, 0)
+    pictures.rows, pictures.labels = pictures.rows[:150], pictures.labels[:150]
+    codec, encoded = sample.load_codec(str(vae / "kl")), []
+    moments = codec.moments
+    codec.moments = lambda x: encoded.append(len(x)) or moments(x)
+    monkeypatch.setattr(train.Latents, "PART", 64)
+    whole = train.open_cache(tmp_path / "whole", pictures, codec, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "processes", lambda: (1, 2))
+        with pytest.raises(model.UserError, match="00000.npy"):  # that is process 0's
+            train.open_cache(tmp_path / "shared", pictures, codec, 0)
+        assert [file.name for file in (tmp_path / "shared").glob("*.npy")] == ["00001.npy"]
+    encoded.clear()
+    shared = train.open_cache(tmp_path / "shared", pictures, codec, 0)
+    assert encoded == [1, 64, 64, 22, 22, 1, 1, 1]  # its size; two parts, both flips; the check
+    assert len(shared) == 150 and [len(part) for part in shared.parts] == [64, 64, 22]
+    for i in (0, 63, 64, 149):
+        for flipped in (False, True):
+            assert torch.equal(whole.view(i, flipped)[0], shared.view(i, flipped)[0])
+
+
+def test_milestones_grids_and_tensorboard_on_the_way_and_fine_tuning_from_a_run(
+    trained, tmp_path, capsys
+):
+    flags = [*QUICK, "--steps", 4, "--keep-every", 2, "--sample-every", 2, "--workers", 1]
+    assert run(train, *flags, "--out", tmp_path / "a", "--tensorboard") == 0
+    names = {p.name for p in (tmp_path / "a").iterdir()}
+    kept = {"ckpt-0000002.pt", "ckpt-0000004.pt", "samples-0000002.png", "tensorboard"}
+    assert names == {*train.WRITTEN} | kept
+    assert sample.load_checkpoint(tmp_path / "a/ckpt-0000002.pt")["step"] == 2
+    records = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert len(records[1]["evaluations"]) == 3 and 0 <= records[0]["waiting_for_data"] <= 1
+    assert records[0]["memory_gib"] > 0.1
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = board.EventAccumulator(str(tmp_path / "a/tensorboard")).Reload()
+    assert [s.step for s in board.Scalars("loss")] == [2, 4]
+    # 12 x 12 pictures, other classes: all but the class table fits.
+    for k in range(30):
+        (tmp_path / f"data/{k % 3}").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (12, 12), 9 * k).save(tmp_path / f"data/{k % 3}/{k}.png")
+    flags = ["--data", tmp_path / "data", "--image-size", 12, "--channels", 1, "--patch-size", 2]
+    flags += [
+        "--steps",
+        1,
+        "--batch-size",
+        2,
+        "--lr",
+        0,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "b",
+    ]
+    assert run(train, *flags, "--init", trained / "ckpt.pt") == 0
+    assert "fresh weights: label.weight\n" in capsys.readouterr().out
+    before, after = (sample.load_checkpoint(p / "ckpt.pt") for p in (trained, tmp_path / "b"))
+    assert all(
+        torch.equal(after["model"][name], weights)
+        for name, weights in before["ema"].items()
+        if name != "label.weight"
+    )
+
+
+def test_benchmarks_of_the_training_step_print_both_steps_and_their_ratio(monkeypatch, capsys):
+    monkeypatch.setitem(CONFIGS, "DoD-S", TINY)
+    assert run(train, "--model", "DoD-S", "--batch-size", 4, "--benchmark", "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    macs = model.count_macs(TINY)
+    whole, ours = macs["lem"] + macs["e_s"], (macs["lem"] + macs["e_s"] + macs["s"]) / 2
+    assert f"{ours / whole:.3f} of the GMACs" in out and "GFLOP/s, the whole" in out
 
 
 # ------------------------------------------------------------------ sampling

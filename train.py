@@ -352,10 +352,7 @@ class Run:
 
         x: uint8 pictures or cached moments (b, 2, C, H, W); eps, x1 (b, C, H, W); y, t (b,).
         """
-        if x.dtype == torch.uint8:
-            x0 = self.codec.encode(x, eps)
-        else:
-            x0 = x[:, 0] + x[:, 1] * eps  # a sample of the posterior
+        x0 = self.latents(x, eps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * min(1, step / max(1, self.args.warmup))
         self.optimizer.zero_grad(set_to_none=True)
@@ -375,6 +372,12 @@ class Run:
         self.scaler.update()
         ema_update(self.ema, self.model, step)
         return torch.cat(losses), norm
+
+    def latents(self, x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """uint8 pictures or cached moments (b, 2, C, H, W) -> samples of their posterior."""
+        if x.dtype == torch.uint8:
+            return self.codec.encode(x, eps)
+        return x[:, 0] + x[:, 1] * eps
 
     def memory(self) -> float:
         """The most memory that this process has held, GiB: on the GPU, else altogether."""
@@ -529,6 +532,8 @@ def run_steps(run: Run, data: Pictures | Latents, pictures, done: int, ckpt: Pat
             asked, step = time.time(), step + 1
             x, eps, x1, y, t = next(loader)
             waited += time.time() - asked
+            if step == done + 1 and first:
+                check_scale(run, x, eps)
             batch = (part.to(run.device, non_blocking=True) for part in (x, eps, x1, y, t))
             pending.append((step, t, *run.step(step, *batch)))
             bar.update()
@@ -555,6 +560,17 @@ def run_steps(run: Run, data: Pictures | Latents, pictures, done: int, ckpt: Pat
                 break
             pending, began, waited = [], time.time(), 0.0
     return step
+
+
+def check_scale(run: Run, x: torch.Tensor, eps: torch.Tensor) -> None:
+    """Warns if a VAE's latents are far from standard deviation 1, as the noise has it."""
+    std = run.latents(x.to(run.device), eps.to(run.device)).std().item()
+    if run.codec.name != "none" and not 0.5 < std < 2:
+        cause = "its config.json should have the scaling_factor that makes it about 1"
+        print(
+            f"warning: latents of {run.codec.name}: standard deviation {std:.3g}; {cause}",
+            file=sys.stderr,
+        )
 
 
 WRITTEN = "ckpt.pt", "log.jsonl", "loss.png", "samples.png"
@@ -726,7 +742,7 @@ PAPER = dict(batch_size=256, lr=1e-4, warmup=0, steps=400_000)  # section 4.1
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags; the defaults depend on --data, --vae, --model; --help shows those in force."""
-    parser = Parser("Trains DoD. The defaults shown are those for the --data, --vae, --model given.")
+    parser = Parser("Trains DoD. The defaults shown are those for this --data, --vae and --model.")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     share, natural, count = at_least(float, 0, 1), at_least(int, 1), at_least(int, 0)
     add("--data", default="letters", help="letters, digits, mnist, cifar10 or a folder of folders")
@@ -734,7 +750,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cache", help="folder for latents, encoded once, with --vae")
     add("--model", default="DoD-Ti", choices=CONFIGS, help="preset; -Ti are for a CPU")
     add("--out", help="folder of the run")
-    add("--resume", action=switch, default=False, help="continue the run in --out, if it has a checkpoint")
+    add("--resume", action=switch, default=False, help="continue the run in --out, if any")
     add("--overwrite", action=switch, default=False, help="replace the run in --out")
     add("--init", help="checkpoint whose EMA weights to start from, where they fit")
     add("--image-size", type=natural, help="pixels; pictures are resized and centre-cropped")
@@ -760,8 +776,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--workers", type=count, default=0, help="processes that load pictures, for each process")
     add("--log-every", type=natural, default=50, help="steps between records in log.jsonl")
     add("--save-every", type=natural, default=1000, help="steps between checkpoints")
-    add("--keep-every", type=count, default=0, help="steps between checkpoints kept; 0: the newest")
-    add("--sample-every", type=count, default=0, help="steps between grids of samples; 0: at the end")
+    add("--keep-every", type=count, default=0, help="steps between those kept; 0: the newest only")
+    add("--sample-every", type=count, default=0, help="steps between sample grids; 0: at the end")
     add("--tensorboard", action=switch, default=False, help="log there too, if installed")
     add("--benchmark", action="store_true", help="time the training step, nothing else")
     # fmt: on
