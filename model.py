@@ -405,6 +405,22 @@ def print_table_4() -> None:
         print(f"  {what:38}{paper:7.1f}{linear / 1e9:10.1f}{(linear + attention) / 1e9:18.1f}")
 
 
+def print_budget() -> None:
+    """What training costs by arithmetic: p_s = 0.5, a step is three forward passes, two operations
+    a multiply-accumulate, attention included; fp32 weights, gradient, EMA and AdamW's two moments.
+    """
+    print("\nTraining, by arithmetic   GFLOP/image   EFLOP, 1M x 256   GB held   GB a checkpoint")
+    for name, config in CONFIGS.items():
+        n, parameters = count_macs(config), sum(count_parameters(config)) / 1e9
+        macs = n["s"] + n["attention"]
+        if config.N:
+            macs += (n["e_s"] - n["s"] + n["lem"] + n["lem_attention"]) / 2
+        flops = 3 * 2 * macs
+        print(f"  {name:23}{flops / 1e9:12.4g}{flops * 256e6 / 1e18:18.3g}", end="")
+        print(f"{20 * parameters:10.2f}{16 * parameters:18.2f}")
+
+
 if __name__ == "__main__":
     print_table_1()
     print_table_4()
+    print_budget()

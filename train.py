@@ -441,16 +441,6 @@ def initialise(path: Path, run: Run) -> str:
 # ----------------------------------------------------------------------------------------- the log
 
 
-def open_log(path: Path, step: int):
-    """log.jsonl, to append to. Records after `step` are cut off: those steps will come again."""
-    records = path.read_text().splitlines() if step and path.exists() else []
-    with replacing(path) as temporary:
-        temporary.write_text(
-            "".join(f"{r}\n" for r in records if r.endswith("}") and json.loads(r)["step"] <= step)
-        )
-    return path.open("a", buffering=1)
-
-
 def summarise(run: Run, pending: list[tuple], seconds: float, waited: float, stop: bool) -> dict:
     """A log record of the last steps, of all processes: loss, loss by quarter of t, and the rest.
 
@@ -495,18 +485,23 @@ def deferred_signals() -> Iterator[list[int]]:
 
 
 class Log:
-    """log.jsonl and, with --tensorboard, TensorBoard's files; on process 0 alone."""
+    """log.jsonl and, with --tensorboard, TensorBoard's files; for process 0 alone.
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool):
-        self.file, self.board = open_log(folder / "log.jsonl", step), None
+    Records after `step` are cut off: those steps will come again.
+    """
+
+    def __init__(self, path: Path, step: int, tensorboard: bool):
+        records, self.board = path.read_text().splitlines() if step and path.exists() else [], None
+        whole = (r for r in records if r.endswith("}") and json.loads(r)["step"] <= step)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{r}\n" for r in whole))
+        self.file = path.open("a", buffering=1)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError(
-                    "--tensorboard needs the package: pip install tensorboard"
-                ) from None
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+                raise UserError("--tensorboard: first, pip install tensorboard") from None
+            self.board = SummaryWriter(path.with_name("tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict) -> None:
         self.file.write(json.dumps(record) + "\n")
@@ -524,7 +519,7 @@ def run_steps(run: Run, data: Pictures | Latents, pictures, done: int, ckpt: Pat
         Examples(data, args, run.config), batch_sampler=(batch[run.share] for batch in items),
         num_workers=args.workers, pin_memory=run.device.type == "cuda",
     ))  # fmt: skip
-    log = Log(ckpt.parent, done, args.tensorboard) if first else None
+    log = Log(ckpt.with_name("log.jsonl"), done, args.tensorboard) if first else None
     bar = tqdm(initial=done, total=args.steps, unit="step", mininterval=1, disable=not first)
     began, waited = time.time(), 0.0
     with deferred_signals() as caught, bar:
@@ -566,11 +561,8 @@ def check_scale(run: Run, x: torch.Tensor, eps: torch.Tensor) -> None:
     """Warns if a VAE's latents are far from standard deviation 1, as the noise has it."""
     std = run.latents(x.to(run.device), eps.to(run.device)).std().item()
     if run.codec.name != "none" and not 0.5 < std < 2:
-        cause = "its config.json should have the scaling_factor that makes it about 1"
-        print(
-            f"warning: latents of {run.codec.name}: standard deviation {std:.3g}; {cause}",
-            file=sys.stderr,
-        )
+        what = f"latents have a standard deviation of {std:.3g}, not about 1; is scaling_factor in"
+        print(f"warning: {what} the config.json of {run.codec.name} right?", file=sys.stderr)
 
 
 WRITTEN = "ckpt.pt", "log.jsonl", "loss.png", "samples.png"
@@ -610,6 +602,8 @@ def train(args) -> None:
     done = resume(ckpt, run, about) if args.resume and ckpt.exists() else 0
     fresh = initialise(Path(args.init), run) if args.init else "all"
     if rank == 0:
+        for remains in ckpt.parent.glob(".*.tmp.*"):  # of a run killed while it wrote
+            remains.unlink()
         weights = sum(p.numel() for p in run.model.parameters()) / 1e6
         print(f"{args.model}: {weights:.2f} M parameters, {config.num_tokens} tokens, ", end="")
         print(f"{size} x {run.device.type}; {len(pictures)} pictures in ", end="")
