@@ -11,7 +11,7 @@ Shapes: B images, C channels, H x W latent, K classes; pictures: uint8 (B, chann
 
     python sample.py --ckpt out/letters/ckpt.pt --classes A-J --stages 3 --out grid.png
     python sample.py --ckpt out/letters/ckpt.pt --prior picture.png --out variations.png
-    torchrun --nproc-per-node 8 sample.py --ckpt ckpt.pt --npz samples.npz --num 50000    # for FID
+    torchrun --nproc-per-node 8 sample.py --ckpt ckpt.pt --npz samples.npz    # 50,000
 """
 
 import argparse
@@ -420,14 +420,11 @@ def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dic
 
     Chunks of --batch-size consecutive numbers are shared by the processes. Each appears whole in a
     folder beside the output, so a run that was killed goes on with what is missing; and the result
-    does not depend on the number of processes. settings: generate's, which how.json repeats.
+    does not depend on the number of processes. settings: generate's.
     """
     (rank, size), b = processes(), args.batch_size
     parts = Path(f"{args.npz or args.png_dir}.parts")
-    weights = b"".join(p.flatten()[:999].cpu().numpy().tobytes() for p in model.parameters())
-    how = settings | {"num": args.num, "batch_size": b, "labels": args.labels, "classes": classes}
-    how |= {"codec": codec.name, "precision": args.precision}
-    how |= {"weights": hashlib.sha256(weights).hexdigest()}
+    how = describe(args, model, codec, classes, settings)
     then = json.loads((parts / "how.json").read_text()) if parts.exists() else how
     differ = [name for name in how if then.get(name) != how[name]]
     if differ:
@@ -461,6 +458,14 @@ def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dic
             write_npz(args.npz, [*files.values()], y.numpy())
         shutil.rmtree(parts)
         print(f"wrote {args.num} pictures to {args.npz or args.png_dir}")
+
+
+def describe(args, model: DoD, codec: Codec, classes: list[int], settings: dict) -> dict:
+    """All that a set of samples depends on."""
+    weights = b"".join(p.flatten()[:999].cpu().numpy().tobytes() for p in model.parameters())
+    how = settings | {"num": args.num, "batch_size": args.batch_size, "labels": args.labels}
+    how |= {"classes": classes, "codec": codec.name, "precision": args.precision}
+    return how | {"weights": hashlib.sha256(weights).hexdigest()}
 
 
 def label(n: int, classes: list[int], how: str, seed: int) -> int:
