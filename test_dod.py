@@ -711,21 +711,30 @@ def test_a_cache_is_encoded_by_all_processes_and_only_where_parts_are_missing(
             )
 
 
-def test_milestones_grids_and_tensorboard_on_the_way_and_fine_tuning_from_a_run(
-    trained, tmp_path, capsys
-):
+def test_tensorboard_is_behind_a_flag_and_optional(tmp_path, monkeypatch, capfd):
+    flags = [*QUICK, "--steps", 4, "--tensorboard"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        assert run(train, *flags, "--out", tmp_path / "a") == 2
+        assert "pip install tensorboard" in capfd.readouterr().err
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(train, *flags, "--out", tmp_path / "b") == 0
+    board = board.EventAccumulator(str(tmp_path / "b/tensorboard")).Reload()
+    records = [json.loads(line) for line in (tmp_path / "b/log.jsonl").read_text().splitlines()]
+    found = [(s.step, s.value) for s in board.Scalars("loss")]
+    assert found == [(r["step"], pytest.approx(r["loss"])) for r in records] and len(found) == 2
+
+
+def test_milestones_and_grids_on_the_way_and_fine_tuning_from_a_run(trained, tmp_path, capsys):
     flags = [*QUICK, "--steps", 4, "--keep-every", 2, "--sample-every", 2, "--workers", 1]
-    assert run(train, *flags, "--out", tmp_path / "a", "--tensorboard") == 0
+    assert run(train, *flags, "--out", tmp_path / "a") == 0
     names = {p.name for p in (tmp_path / "a").iterdir()}
-    kept = {"ckpt-0000002.pt", "ckpt-0000004.pt", "samples-0000002.png", "tensorboard"}
+    kept = {"ckpt-0000002.pt", "ckpt-0000004.pt", "samples-0000002.png"}
     assert names == {*train.WRITTEN} | kept
     assert sample.load_checkpoint(tmp_path / "a/ckpt-0000002.pt")["step"] == 2
     records = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert len(records[1]["evaluations"]) == 3 and 0 <= records[0]["waiting_for_data"] <= 1
     assert records[0]["memory_gib"] > 0.1
-    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    board = board.EventAccumulator(str(tmp_path / "a/tensorboard")).Reload()
-    assert [s.step for s in board.Scalars("loss")] == [2, 4]
     # 12 x 12 pictures, other classes: all but the class table fits.
     for k in range(30):
         (tmp_path / f"data/{k % 3}").mkdir(parents=True, exist_ok=True)
@@ -1411,14 +1420,15 @@ def test_commands_name_what_is_wrong_with_a_file_or_flag_in_one_line(ckpt, tmp_p
 
 def test_every_command_of_the_readme_parses():
     text = (HERE / "README.md").read_text()
-    commands = re.findall(r"python (train|sample|evaluate)\.py([^\n`#&]*)", text)
+    launch = r"(?:python|torchrun[^\n`]*?) (train|sample|evaluate)\.py([^\n`#&]*)"
+    commands = re.findall(launch, text)
     assert len(commands) > 8 and {script for script, _ in commands} == {
         "train",
         "sample",
         "evaluate",
     }
     for script, flags in commands:
-        if script != "evaluate" or flags.strip():  # evaluate.py alone, in prose
+        if flags.strip() and "..." not in flags:  # not in prose
             globals()[script].parse(flags.split())
 
 
