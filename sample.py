@@ -84,6 +84,8 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         where = f"process {rank}: " if rank else ""
         print(f"{Path(sys.argv[0]).name}: error: {where}{message}", file=sys.stderr, flush=True)
+        if size > 1:
+            os._exit(2)  # at once: an orderly exit might wait for the other processes
         sys.exit(2)
 
 
@@ -281,7 +283,7 @@ def load_checkpoint(path: Path) -> dict:
     UserError if the file is missing, truncated or something else.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if checkpoint["format"] != "dod-1" or not {"config", "ema", "classes"} <= {*checkpoint}:
             raise ValueError
     except FileNotFoundError:
@@ -550,7 +552,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--prior", help="a picture of yours as the visual prior: variations of it")
     add("--seed", type=at_least(int, 0, 2**63), default=0, help="same seed, same pictures")
     add("--batch-size", type=natural, default=256, help="pictures at a time")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, for speed")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: faster, for Euler")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--vae", help="where the checkpoint's VAE is now; unset: where it was")
     add("--out", default="samples.png", help="picture to write")
