@@ -365,7 +365,7 @@ def follow(plans, args, model, codec, y, prior) -> Iterator[tuple[dict, torch.Te
     10^9 multiply-accumulates of the linear layers, with those of the stages before.
     """
     macs, seen = count_macs(model.config), set()
-    for plan in plans:
+    for plan in dict.fromkeys(plans):
         nfe, gflops = [], 0
         latents = sample.generate(
             model, y.to(model.cos.device), len(plan), plan, args.guide_on, args.solver, args.steps,
@@ -389,7 +389,7 @@ def figure_4(args: argparse.Namespace) -> None:
     saved, model, codec, training, held_out = load_run(args)
     network, facts = load_network(args, saved, training)
     if args.against == "training":  # the half that is not the floor's
-        held_out = Subset(training, range(len(training) // 2, len(training)))
+        held_out = Subset(training, range((len(training) + 1) // 2, len(training)))
     (real, y), (floor, floor_y) = first(held_out, args.num), first(training, args.num)
     floor, floor_y = floor[: len(y)], floor_y[: len(y)]
     args.guide_on = args.guide_on or model.config.guide_on
@@ -407,8 +407,11 @@ def figure_4(args: argparse.Namespace) -> None:
         if facts["features"] == "classifier":
             row["recognised"] = (fake.logits.argmax(1) == expected).double().mean().item()
         if prior is not None and rows:
-            row["what"], row["psnr"] = "reconstruction", psnr(real, images).mean().item()
-            row["ssim"] = ssim(real, images).mean().item() if min(real.shape[2:]) > 10 else None
+            pairs = [*zip(real.split(64), images.split(64), strict=True)]
+            row["what"] = "reconstruction"
+            row["psnr"] = torch.cat([psnr(*pair) for pair in pairs]).mean().item()
+            large = min(real.shape[2:]) > 10
+            row["ssim"] = torch.cat([ssim(*p) for p in pairs]).mean().item() if large else None
         if rows:
             blocks.append((f"{row['what']}\nw = {row['guidance']:g}", images[:10]))
         rows.append(row)
@@ -484,7 +487,7 @@ def draw_figure(path: Path, rows: list[dict], reference: str) -> None:
     """A half of Fig. 4: a bar for the FID of each row; a line for the first row's, the floor."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(max(7, len(rows)), 4), layout="constrained")
     axes, (floor, *fids) = figure.subplots(), [row["fid"] for row in rows]
     names = [f"{row['what']}\nw = {row['guidance']:g}" for row in rows[1:]]
     axes.bar_label(axes.bar(names, fids), fmt="%.3g")

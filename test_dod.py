@@ -1304,7 +1304,7 @@ def test_fig4_stages_scans_guidance_against_training_pictures(ckpt, monkeypatch,
     assert [*rows_of(out)] == [("training pictures", None), *stages]
     assert json.loads(out.read_text())["reference"] == "training pictures"
     training, _ = evaluate.train.load_data("digits", 8, 1, 0.1)
-    images, y = default_collate([training[i] for i in range(808, 878)])  # the second of two halves
+    images, y = default_collate([training[i] for i in range(809, 879)])  # of 1617; the second half
     assert torch.equal(measured[0], images) and torch.equal(given[0][1], y)
     assert torch.equal(measured[1], evaluate.first(training, 70)[0])  # the floor: of the first
 
