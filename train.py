@@ -629,7 +629,7 @@ def finish(run: Run, pictures: Pictures, ckpt: Path) -> None:
     print(f"  python sample.py --ckpt {ckpt} --seed 1 --out more.png")
     if run.config.N:
         print(f"  python sample.py --ckpt {ckpt} --prior YOUR_PICTURE.png --out variations.png")
-        print(f"  python evaluate.py stages --ckpt {ckpt}    # FID of stages 1, 2, 3")
+        print(f"  python evaluate.py stages --cfg-stage1 none --ckpt {ckpt}    # FID of each stage")
 
 
 def plot_log(log: Path, out: Path) -> None:
