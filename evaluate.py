@@ -205,7 +205,7 @@ def fit(network: nn.Sequential, images: torch.Tensor, y: torch.Tensor, steps: in
     CHOICE: on pictures with up to 24 of 255 grey levels of noise, or its features tell a faint
     noise from clean pictures better than scrambled letters from letters.
     """
-    threads, rng = torch.get_num_threads(), np.random.default_rng(0)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for layer in network:
@@ -213,7 +213,7 @@ def fit(network: nn.Sequential, images: torch.Tensor, y: torch.Tensor, steps: in
             layer.reset_parameters()
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for _ in tqdm(range(steps), desc="training the classifier", leave=False):
-        batch = torch.from_numpy(rng.integers(len(images), size=128))
+        batch = torch.randint(len(images), (128,))
         noise = 24 * torch.rand(128, 1, 1, 1) * torch.randn(128, *images.shape[1:])
         optimizer.zero_grad()
         F.cross_entropy(network((images[batch] + noise) / 127.5 - 1), y[batch]).backward()
