@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import sample
 import train
-from model import UserError, count_macs
+from model import UserError, count_macs, stage_parts
 from sample import at_least, pick_device, replacing
 
 # ------------------------------------------------------------------------------------- the metrics
@@ -373,10 +373,8 @@ def follow(plans, args, model, codec, y, prior) -> Iterator[tuple[dict, torch.Te
         )  # fmt: skip
         for i, (w, z0) in enumerate(zip(plan, latents, strict=True)):
             n, has_prior = nfe[i].double().mean().item(), i > 0 or prior is not None
-            # Table 4's parts: e_s holds the prior's MLP, which we run once per stage.
-            runs = {"lem": 1, "e_s": n, "prior_mlp": 1 - n} if has_prior else {"s": n}
-            runs["s"] = runs.get("s", 0) + n * (w > 1)  # guidance's other half
-            gflops += sum(times * macs[part] for part, times in runs.items()) / 1e9
+            parts = stage_parts(n, has_prior, w > 1)
+            gflops += sum(times * macs[part] for part, times in parts.items()) / 1e9
             row = {"what": f"stage {i + 1}", "guidance": w, "evaluations": n, "gflops": gflops}
             if plan[: i + 1] not in seen:
                 yield row, codec.decode(z0).cpu()
@@ -464,14 +462,8 @@ def report(args: argparse.Namespace, rows: list[dict], facts: dict, reference=No
         print(f"{counts}; features: {facts['features']}")
     full = facts["count"] == 50_000 and facts.get("features") == "inception"
     fid = "rFID" if args.command == "reconstruct" else "FID-50K" if full else "FID"
-    titles = {
-        "fid": fid,
-        "sfid": "sFID",
-        "is": "IS",
-        "psnr": "PSNR, dB",
-        "ssim": "SSIM",
-        "gflops": "GFLOPs",
-    }
+    titles = {"fid": fid, "sfid": "sFID", "is": "IS", "psnr": "PSNR, dB", "ssim": "SSIM"}
+    titles["gflops"] = "GFLOPs"
     keys = [key for key in rows[-1] if key not in ("what", "is_std")]
     print(" " * 24 + "".join(f"{titles.get(key, key):>12}" for key in keys))
     for row in rows:

@@ -75,7 +75,7 @@ def rectified_flow_loss(model, x0, y, x1, t, keep: list[bool]) -> torch.Tensor:
         rows = [i for i, kept in enumerate(keep) if kept == group]
         if not rows:
             continue
-        rows = torch.tensor(rows, device=x0.device)
+        rows = torch.tensor(rows).to(x0.device, non_blocking=True)  # a GPU need not catch up
         e_s = model.visual_prior(x0[rows]) if group else None
         error = v[rows] - model(x_t[rows], t[rows], y[rows], e_s).float()
         loss = loss.index_add(0, rows, error.square().flatten(1).mean(1))
@@ -252,9 +252,8 @@ def mixture_velocity(centres: torch.Tensor, sigma: float) -> Velocity:
 def main(argv: list[str] | None = None) -> None:
     """Draws a 2-D rectified flow and prints both solvers' errors against the evaluations spent."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--out", default="out/flow.png", help="picture to write (default: %(default)s)"
-    )
+    help = "picture to write (default: %(default)s)"
+    parser.add_argument("--out", default="out/flow.png", help=help)
     out = parser.parse_args(argv).out
     from matplotlib.figure import Figure
 

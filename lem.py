@@ -29,9 +29,7 @@ def sincos_2d(dim: int, rows: int, columns: int) -> torch.Tensor:
     Raises ValueError if dim is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(
-            f"a 2-D sine-cosine embedding needs a width that is a multiple of 4, not {dim}"
-        )
+        raise ValueError(f"2-D sines and cosines need a width that is a multiple of 4, not {dim}")
     w = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [i.reshape(-1, 1) * w for i in (row, column)]  # 2 x (rows * columns, dim / 4)
@@ -57,9 +55,7 @@ class ViTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, d_l) -> (B, S, d_l) for a sequence of any length S."""
-        qkv = self.qkv(self.norm1(x)).unflatten(
-            -1, (3, self.heads, -1)
-        )  # (B, S, 3, heads, d_l / heads)
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, d_l / heads)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, S, d_l)
         x = x + self.proj(attended)
@@ -139,9 +135,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in lem.parameters())
     print(f"Latent Embedding Module of DoD-B: {parameters / 1e6:.2f} M parameters (Table 1: 86)")
     print(f"  z_0    {tuple(z.shape)!s:18} {z.numel():7,} numbers   a 256 x 256 picture's latent")
-    print(
-        f"  L_hat  {tuple(l_hat.shape)!s:18} {l_hat.numel():7,} numbers   Eq. 6: all that is kept"
-    )
+    print(f"  L_hat  {tuple(l_hat.shape)!s:18} {l_hat.numel():7,} numbers   Eq. 6: all that passes")
     print(f"  e_s    {tuple(e_s.shape)!s:18} {e_s.numel():7,} numbers   Eq. 7: a vector per patch")
     print(f"  compression {z.numel() // l_hat.numel()} : 1")
 

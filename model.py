@@ -254,10 +254,8 @@ class DoD(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.label.weight, std=0.02)
-        silent = [self.W_g, self.final.adaln, self.final.linear] + [
-            block.W_2 for block in self.blocks
-        ]
-        for linear in silent:
+        silent = [self.W_g, self.final.adaln, self.final.linear]
+        for linear in silent + [block.W_2 for block in self.blocks]:
             nn.init.zeros_(linear.weight)
 
     @property
@@ -361,6 +359,18 @@ def count_macs(config: Config) -> dict[str, int]:
     return counts
 
 
+def stage_parts(evaluations: float, has_prior: bool, guided: bool) -> dict[str, float]:
+    """How often one stage of sampling runs each part of count_macs; parts add up over stages.
+
+    Guidance's other half sees S in place of a prior. Table 4 counts the prior's MLP in each of its
+    evaluations; here it runs once.
+    """
+    n = evaluations
+    if has_prior:
+        return {"lem": 1, "e_s": n, "prior_mlp": 1 - n, "s": n * guided}
+    return {"s": n * (1 + guided)}
+
+
 def print_table_1() -> None:
     """Table 1, with the baselines of Table 5."""
     print("Table 1: parameters, millions        backbone       LEM     total")
@@ -375,8 +385,7 @@ def print_table_1() -> None:
 
 
 def print_table_4() -> None:
-    """Table 4's compute column. A guided step of stage 2 costs the paper 2 x 26.5; here each half
-    has its own kind of modulation, and the prior's MLP runs once per stage."""
+    """Table 4's compute column. A guided step of stage 2 costs the paper 2 x 26.5, here less."""
     dod, fit = count_macs(CONFIGS["DoD-B"]), count_macs(CONFIGS["FiTv2-B"])
     rows = [  # what, GFLOPs in the paper, ours: the model and how often each of its parts runs
         ("LEM", 24.6, dod, {"lem": 1}),
@@ -385,23 +394,22 @@ def print_table_4() -> None:
         ("FiTv2-B, one evaluation", 27.3, fit, {"s": 1}),
     ]
     for n, paper in ((30, (1638, 3276, 795, 2409.6)), (120, (6552, 13104, 3180, 9564.6))):
-        stage_2 = {"s": n + n, "e_s": n, "prior_mlp": 1 - n, "lem": 1}
+        stage_1, stage_2 = stage_parts(n, False, False), stage_parts(n, True, True)
+        both = stage_2 | {"s": stage_1["s"] + stage_2["s"]}
         rows += [
-            (f"FiTv2-B, {2 * n} steps", paper[0], fit, {"s": 2 * n}),
-            (f"FiTv2-B-G, {2 * n} steps", paper[1], fit, {"s": 4 * n}),
-            (f"DoD-B (S1), {n} steps", paper[2], dod, {"s": n}),
-            (f"DoD-B-G (S2), {n} + {n} steps", paper[3], dod, stage_2),
+            (f"FiTv2-B, {2 * n} steps", paper[0], fit, stage_parts(2 * n, False, False)),
+            (f"FiTv2-B-G, {2 * n} steps", paper[1], fit, stage_parts(2 * n, False, True)),
+            (f"DoD-B (S1), {n} steps", paper[2], dod, stage_1),
+            (f"DoD-B-G (S2), {n} + {n} steps", paper[3], dod, both),
         ]
     print(
-        "\nTable 4: compute, GFLOPs as the paper counts: 10^9 multiply-accumulates, linear layers"
+        "\nTable 4: compute; GFLOPs, as the paper counts: 10^9 multiply-accumulates, linear layers"
     )
     print("                                          paper      ours    ours with attention")
     for what, paper, counts, parts in rows:
         linear = sum(times * counts[part] for part, times in parts.items())
-        evaluations = parts.get("s", 0) + parts.get("e_s", 0)
-        attention = (
-            evaluations * counts["attention"] + parts.get("lem", 0) * counts["lem_attention"]
-        )
+        attention = (parts.get("s", 0) + parts.get("e_s", 0)) * counts["attention"]
+        attention += parts.get("lem", 0) * counts["lem_attention"]
         print(f"  {what:38}{paper:7.1f}{linear / 1e9:10.1f}{(linear + attention) / 1e9:18.1f}")
 
 

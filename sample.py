@@ -144,10 +144,11 @@ def processes() -> tuple[int, int]:
 
 
 @contextmanager
-def process_group(backend: str, timeout: timedelta | None = None) -> Iterator[None]:
-    """Joins the other processes, if there are any. If one fails, torchrun ends them all."""
+def process_group(backend: str) -> Iterator[None]:
+    """Joins the other processes, if there are any. If one fails, torchrun ends them all; so they
+    may wait long for one another, say for a slower one's share of the latents or samples."""
     if processes()[1] > 1:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     yield
     if dist.is_initialized():
         dist.barrier()
@@ -430,9 +431,8 @@ def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dic
     then = json.loads((parts / "how.json").read_text()) if parts.exists() else how
     differ = [name for name in how if then.get(name) != how[name]]
     if differ:
-        raise UserError(
-            f"{parts} has samples of another {differ[0]}; repeat its flags or remove it"
-        )
+        advice = "repeat its flags or remove it"
+        raise UserError(f"{parts} has samples of another {differ[0]}; {advice}")
     starts = range(0, args.num, b)
     files = {first: parts / f"{first:06}.npy" for first in starts}
     missing = [first for first in starts if not files[first].exists()]
@@ -492,9 +492,7 @@ def write_npz(path: Path, files: list[Path], y: np.ndarray) -> None:
 def benchmark(args, model: DoD, classes: list[int], settings: dict) -> None:
     """Prints images/s of all stages, for both solvers: medians of 3 batches after a first one."""
     y = torch.tensor([classes[n % len(classes)] for n in range(args.batch_size)])
-    print(
-        f"{settings['stages']} stages, w = {settings['cfg']}, {args.batch_size} pictures at a time"
-    )
+    print(f"{settings['stages']} stages, w = {settings['cfg']}, {len(y)} pictures at a time")
     for solver in ("euler", "dopri5"):
         times, case, nfe = [], settings | {"solver": solver, "batch_size": len(y)}, []
         for _ in range(4):
@@ -614,10 +612,8 @@ def main() -> None:
     args = parse(sys.argv[1:])
     check(args)
     checkpoint, device = load_checkpoint(args.ckpt), pick_device(args.device)
-    model, codec = (
-        load_model(checkpoint, device),
-        load_codec(args.vae or checkpoint["codec"], device),
-    )
+    model = load_model(checkpoint, device)
+    codec = load_codec(args.vae or checkpoint["codec"], device)
     config, names = model.config, [*checkpoint["classes"], ""]  # the last is the null class
     stages = args.stages or (2 if config.N else 1)
     if args.prior is None and len(args.cfg or []) > max(1, stages - 1):
@@ -634,7 +630,7 @@ def main() -> None:
     if prior is not None:
         prior = load_picture(prior, checkpoint["image_size"], checkpoint["channels"])
     with (
-        process_group("gloo", timedelta(days=7)),  # some may be done long before others
+        process_group("gloo"),
         torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"),
     ):
         if many:
