@@ -75,7 +75,7 @@ def rectified_flow_loss(model, x0, y, x1, t, keep: list[bool]) -> torch.Tensor:
         rows = [i for i, kept in enumerate(keep) if kept == group]
         if not rows:
             continue
-        rows = torch.tensor(rows).to(x0.device, non_blocking=True)  # a GPU need not catch up
+        rows = torch.tensor(rows).to(x0.device, non_blocking=True)  # without waiting for the GPU
         e_s = model.visual_prior(x0[rows]) if group else None
         error = v[rows] - model(x_t[rows], t[rows], y[rows], e_s).float()
         loss = loss.index_add(0, rows, error.square().flatten(1).mean(1))
@@ -129,9 +129,9 @@ def finite(v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return v
 
 
-# The Runge-Kutta pair of Dormand & Prince (1980), orders 5 and 4: nodes C, matrix A, weights B of
-# order 5, and E = B - B_hat, which turns the stages into an estimate of the error. A's last row is
-# B: a step's last stage is the next step's first ("first same as last", FSAL).
+# RK45, or dopri5: the Runge-Kutta pair of Dormand & Prince (1980), orders 5 and 4. Nodes C, matrix
+# A, weights B of order 5, and E = B_hat - B, which turns a step's slopes k into an estimate of its
+# error. A's last row is B: the last slope is the next step's first ("first same as last", FSAL).
 C = [0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1]
 A = [
     [],

@@ -3,7 +3,8 @@
 A picture that conditions its own generation must not say too much: handed the whole latent, the
 diffusion model would merely copy it. LEM is the bottleneck between the two. Its encoder reads all
 patches of a latent z_0 and writes what matters into N short vectors; its decoder unfolds them into
-one condition vector per patch, which the backbone (model.py) adds to its class and time embeddings.
+one condition vector per patch, which the backbone (model.py) adds to its class and time embeddings
+after a small MLP that brings it to the backbone's width.
 
     z_0 (B, C, H, W) --encode, Eq. 6--> L_hat (B, N, d_e) --decode, Eq. 7--> e_s (B, T, d_l)
 
@@ -54,10 +55,10 @@ class ViTBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d_l, 4 * d_l), nn.GELU(), nn.Linear(4 * d_l, d_l))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, S, d_l) -> (B, S, d_l) for a sequence of any length S."""
+        """(B, n, d_l) -> (B, n, d_l) for a sequence of any length n."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, d_l / heads)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, S, d_l)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, n, d_l / heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, n, d_l)
         x = x + self.proj(attended)
         return x + self.mlp(self.norm2(x))
 
@@ -118,7 +119,7 @@ class LEM(nn.Module):
         """Eq. 7, e_s = Dec((M + PE) ⊕ L_hat): (B, N, d_e) latent tokens -> (B, T, d_l)."""
         mask = (self.mask_token + self.pos_decoder).expand(len(l_hat), -1, -1)  # (B, T, d_e)
         x = self.from_d_e(torch.cat([mask.to(l_hat.dtype), l_hat], dim=1))  # (B, T + N, d_l)
-        x = self.decoder(x)
+        x = self.decoder(x.to(mask.dtype))  # under autocast too the residual stream is fp32
         return self.head(self.decoder_norm(x[:, : self.num_tokens]))  # only the patches come out
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
