@@ -253,7 +253,13 @@ def classifier(ckpt: Path, saved: dict, training) -> tuple[Callable, dict]:
 
 
 def first(data, n: int) -> list[torch.Tensor]:
-    """n pictures of a data set (its order is random): uint8 (n, channels, size, size), y (n,)."""
+    """n pictures of a data set (its order is random): uint8 (n, channels, size, size), y (n,).
+
+    Raises UserError if it has fewer than 4.
+    """
+    if len(data) < 4:
+        more = "--against training compares with others, train.py --held-out leaves more"
+        raise UserError(f"{len(data)} pictures to compare with, at least 4 are needed; {more}")
     return default_collate([data[i] for i in range(min(n, len(data)))])
 
 
@@ -337,14 +343,12 @@ def compare(real: Measured, fake: Measured) -> dict[str, float]:
 
 
 def load_run(args: argparse.Namespace) -> tuple:
-    """--ckpt -> what it says of its run, model, codec, training and held-out pictures (4+)."""
+    """--ckpt -> what it says of its run, model, codec, training and held-out pictures."""
     saved, device = sample.load_checkpoint(args.ckpt), pick_device(args.device)
     model, codec = sample.load_model(saved, device), sample.load_codec(saved["codec"], device)
     saved = {k: v for k, v in saved.items() if k not in train.PARTS}  # no weights
     data = (saved[k] for k in ("data", "image_size", "channels", "held_out"))
     training, held_out = train.load_data(*data)
-    if len(held_out) < 4:
-        raise UserError(f"{len(held_out)} pictures held out; train with a larger --held-out")
     return saved, model, codec, training, held_out
 
 
@@ -386,11 +390,10 @@ def figure_4(args: argparse.Namespace) -> None:
     ..., and stage 1 under class guidance. reconstruct, left: their own latents serve as priors."""
     saved, model, codec, training, held_out = load_run(args)
     network, facts = load_network(args, saved, training)
-    if args.against == "training":  # the half that is not the floor's
-        held_out = Subset(training, range((len(training) + 1) // 2, len(training)))
-    (real, y), (floor, floor_y) = first(held_out, args.num), first(training, args.num)
+    half = range((len(training) + 1) // 2, len(training))  # the floor is of the other half
+    reference = Subset(training, half) if args.against == "training" else held_out
+    (real, y), (floor, floor_y) = first(reference, args.num), first(training, args.num)
     floor, floor_y = floor[: len(y)], floor_y[: len(y)]
-    args.guide_on = args.guide_on or model.config.guide_on
     reference, rows, blocks = measure(real, network, args.against), [], [("real", real[:10])]
     if args.command == "reconstruct":
         prior, plans = codec.encode(real.to(model.cos.device)), [(w,) for w in args.cfg]
@@ -527,7 +530,7 @@ FLAGS = [  # the commands that have the flag, the flag, its settings
     (FIG_4, "--against", dict(choices=["held-out", "training"], default="held-out",
         help="the reference; training: to choose w by")),
     ("reconstruct", "--cfg", dict(type=SCALES, default="1,2,3.5,5.5,8", help="guidance scales w")),
-    (FIG_4, "--guide-on", dict(choices=["both", "prior"], help="v_u lacks it; None: the model's")),
+    (FIG_4, "--guide-on", dict(choices=["both", "prior"], default="both", help="v_u lacks it")),
     (FIG_4, "--solver", dict(choices=["euler", "dopri5"], default="euler", help="Euler or RK45")),
     (FIG_4, "--steps", dict(type=NATURAL, default=20, help="Euler steps per stage")),
     (FIG_4, "--seed", dict(type=at_least(int, 0), default=0, help="same seed, same samples")),

@@ -31,7 +31,8 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that fixes the parameters' shapes. Raises UserError on sizes that do not fit."""
+    """Everything that fixes the parameters' shapes, and the default guidance. Raises UserError on
+    sizes that do not fit."""
 
     depth: int = 12  # backbone layers, Table 1
     d: int = 768  # backbone hidden size, Table 1
@@ -48,7 +49,6 @@ class Config:
     latent_channels: int = 4  # C; 4 for that VAE
     num_classes: int = 1000  # K
     cfg: float = 5.5  # default guidance of stages with a prior, section 4.2 and Table 5
-    guide_on: str = "both"  # what the unguided half lacks: "both" class and prior, or the "prior"
 
     def __post_init__(self):
         names = "depth d heads r p latent_size latent_channels num_classes cfg".split()
@@ -68,8 +68,8 @@ class Config:
         for name, width, unit in widths:
             if width % unit:
                 raise UserError(f"{name} is {width}; it must be a multiple of {unit}")
-        if self.N < 0 or self.guide_on not in ("both", "prior"):
-            raise UserError(f"N = {self.N}, guide_on = {self.guide_on!r}; 0 or more, both or prior")
+        if self.N < 0:
+            raise UserError(f"N is {self.N}; it must be 0 (no LEM) or more")
 
     @property
     def num_tokens(self) -> int:
@@ -132,6 +132,7 @@ class Attention(nn.Module):
     """Eq. 9: Softmax(1/sqrt(d_k) LN(Q) LN(K)^T) V per head, with 2-D RoPE after the LayerNorms.
 
     DEVIATION: the paper prints 1/d_k; FiTv2's scale, as every transformer's, is 1/sqrt(d_k).
+    CHOICE: its LN has no learned scale or shift.
     """
 
     def __init__(self, d: int, heads: int):
@@ -203,7 +204,10 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Last AdaLN, then each token -> its patch of the velocity: (B, T, d) -> (B, T, p * p * C)."""
+    """Last AdaLN, then each token -> its patch of the velocity: (B, T, d) -> (B, T, p * p * C).
+
+    CHOICE: this AdaLN is of full rank, as DiT's; the paper describes the blocks' alone.
+    """
 
     def __init__(self, d: int, out: int):
         super().__init__()
@@ -223,7 +227,7 @@ class DoD(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.grad_checkpoint = False  # training computes each block again in its backward pass
+        self.grad_checkpoint = False  # training computes each block (not LEM's) again, backward
         d, patch = config.d, config.p**2 * config.latent_channels
         self.patch_embed = nn.Linear(patch, d)
         self.time, self.label = TimeEmbedding(d), nn.Embedding(config.num_classes + 1, d)
@@ -246,9 +250,9 @@ class DoD(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """As FiTv2 and DiT: Xavier-uniform linears, zero biases, N(0, 0.02) for the class table (as
-        for S, L and M). Zeros in all modulations and in the last layer: each block starts as the
-        identity, and v ≡ 0."""
+        """Xavier-uniform linears, zero biases, N(0, 0.02) for the class table (as for S, L and M).
+        Zeros in all modulations and in the last layer: each block starts as the identity, and
+        v ≡ 0. CHOICE: as DiT, except that DiT's time MLP too starts from N(0, 0.02)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -295,7 +299,7 @@ class DoD(nn.Module):
         for block in self.blocks:
             inputs = (x, silu_c, global_S, self.cos, self.sin)
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*inputs)
         return self.unpatchify(self.final(x, silu_c))

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -74,11 +75,14 @@ def run_command(main: Callable[[], None]) -> None:
         message = " ".join(str(error).rpartition("UserError: ")[2].split())  # also of a worker's
         rank, size = processes()
         mendable = not isinstance(error, RuntimeError) or "UserError: " in str(error)
-        if "memory" in message.lower() or isinstance(error, MemoryError):
+        full = isinstance(error, MemoryError) or re.search("(out of|allocate) memory", message)
+        alone = isinstance(error, dist.DistError) or "gloo" in message or "by peer" in message
+        if full:
             less = "lower --batch-size; in training, raise --grad-accum or use --grad-checkpoint"
-            message, mendable = f"out of memory ({message[:90]}); {less}", True
-        elif size > 1 and ("peer" in message or "onnect" in message):
-            message, mendable = "stops, as another process has ended", True
+            message, mendable = f"out of memory ({message[:300]}); {less}", True
+        elif alone and size > 1 and not mendable:
+            message = f"another process has ended or is out of reach ({message[:300]})"
+            mendable = True
         if not mendable:
             raise
         sys.stdout.flush()
@@ -95,16 +99,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises UserError if it cannot be written, say to a full disk; an earlier `path` is then intact.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    path, mine = Path(path), f"{processes()[0]}-{os.getpid()}"  # on a shared disk too
+    temporary = path.with_name(f".{path.stem}.{mine}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # on the disk before the name is
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"could not write {path} ({error}); is there room?") from None
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        what = f"could not write {path} ({error}); what was there is kept"
+        raise UserError(f"{what}; is there room?") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -144,11 +149,13 @@ def processes() -> tuple[int, int]:
 
 
 @contextmanager
-def process_group(backend: str) -> Iterator[None]:
-    """Joins the other processes, if there are any. If one fails, torchrun ends them all; so they
-    may wait long for one another, say for a slower one's share of the latents or samples."""
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the other processes, if there are any: by NCCL between GPUs, else by gloo. If one
+    fails, torchrun ends them all; so they may wait long for a slower one's share of the work."""
     if processes()[1] > 1:
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        gpu = device if device.type == "cuda" else None
+        backend, patience = "nccl" if gpu else "gloo", timedelta(hours=2)
+        dist.init_process_group(backend, timeout=patience, device_id=gpu)
     yield
     if dist.is_initialized():
         dist.barrier()
@@ -165,17 +172,12 @@ def wait() -> None:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture file, EXIF rotation applied. Raises UserError that names an unreadable file."""
+    """A picture file, turned as its EXIF says (ADM does not). UserError names an unreadable one."""
     try:
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file)
     except Exception as error:  # Pillow raises a dozen kinds for broken files
         raise UserError(f"{path} is not a readable picture ({error})") from None
-
-
-def load_picture(path: Path, size: int, channels: int) -> torch.Tensor:
-    """A picture file -> uint8 (channels, size, size)."""
-    return fit_picture(open_picture(path), size, channels)
 
 
 def fit_picture(image: Image.Image, size: int, channels: int) -> torch.Tensor:
@@ -307,7 +309,7 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> DoD:
 
 def noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -> torch.Tensor:
     """z_1^i: standard normal (len(numbers), *shape), image n's a function of (seed, n, stage)."""
-    rngs = [np.random.default_rng((seed, 2, n, stage)) for n in numbers]  # 0, 1: train.py
+    rngs = [np.random.default_rng((seed, 2, n, stage)) for n in numbers]  # 3: label
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 
@@ -316,7 +318,8 @@ def sample_stage(model, z1, y, e_s, w, guide_on, solver, steps):
 
     y (B,) classes; e_s (B, T, d) visual prior, or None (S). With guidance w > 1 an evaluation runs
     the network twice, each half with its cheapest modulation: v_c = v(class, e_s), and v_u = v(null
-    class, S) or, if guide_on = "prior", v(class, S).
+    class, S). CHOICE: the paper does not say what v_u lacks; with guide_on = "prior" it keeps the
+    class, v(class, S).
     """
     y_u = y if guide_on == "prior" and e_s is not None else torch.full_like(y, model.null_class)
 
@@ -333,7 +336,7 @@ def generate(
     y: torch.Tensor,
     stages: int = 2,
     cfg: float | list[float] | None = None,
-    guide_on: str | None = None,
+    guide_on: str = "both",
     solver: str = "dopri5",
     steps: int = 50,
     seed: int = 0,
@@ -345,9 +348,9 @@ def generate(
 ) -> list[torch.Tensor]:
     """Multi-stage sampling (section 3.2): classes y (B,) -> [z_0^1, ..., z_0^stages], (B, C, H, W).
 
-    cfg          guidance w >= 1: one per stage, or one number for all that have a prior (others: 1)
-    guide_on     "both": the unguided half lacks class and prior; "prior": it keeps the class.
-                 None, here and for cfg: as the model's config says
+    cfg          guidance w >= 1: one per stage, or one number for all that have a prior (others:
+                 1); None: the model's
+    guide_on     "both": the unguided half lacks class and prior; "prior": it keeps the class
     solver       "dopri5" (adaptive, image by image) or "euler" (`steps` steps)
     seed, start  image b is image number start + b of this seed
     prior        (B, C, H, W) latents that serve stage 1 as a previous stage's samples
@@ -371,8 +374,7 @@ def generate(
             for i in range(stages):
                 z1 = noise(shape, seed, range(start + first, start + first + b), i).to(y.device)
                 e_s = None if z0 is None else model.visual_prior(z0)  # once per stage
-                on = guide_on or config.guide_on
-                z0, n = sample_stage(model, z1, y[rows], e_s, w[i], on, solver, steps)
+                z0, n = sample_stage(model, z1, y[rows], e_s, w[i], guide_on, solver, steps)
                 samples[i].append(z0)
                 evaluations[i].append(n)
                 bar.update(b)
@@ -427,8 +429,8 @@ def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dic
     """
     (rank, size), b = processes(), args.batch_size
     parts = Path(f"{args.npz or args.png_dir}.parts")
-    how = describe(args, model, codec, classes, settings)
-    then = json.loads((parts / "how.json").read_text()) if parts.exists() else how
+    how, note = describe(args, model, codec, classes, settings), parts / "how.json"
+    then = json.loads(note.read_text()) if note.exists() else how
     differ = [name for name in how if then.get(name) != how[name]]
     if differ:
         advice = "repeat its flags or remove it"
@@ -437,7 +439,7 @@ def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dic
     files = {first: parts / f"{first:06}.npy" for first in starts}
     missing = [first for first in starts if not files[first].exists()]
     wait()  # all have looked before one begins to write
-    with replacing(parts / "how.json") as temporary:
+    with replacing(note) as temporary:
         temporary.write_text(json.dumps(how))
     y = torch.tensor([label(n, classes, args.labels, args.seed) for n in range(args.num)])
     with tqdm(total=args.num, unit="picture", disable=rank > 0) as bar:
@@ -494,7 +496,7 @@ def benchmark(args, model: DoD, classes: list[int], settings: dict) -> None:
     y = torch.tensor([classes[n % len(classes)] for n in range(args.batch_size)])
     print(f"{settings['stages']} stages, w = {settings['cfg']}, {len(y)} pictures at a time")
     for solver in ("euler", "dopri5"):
-        times, case, nfe = [], settings | {"solver": solver, "batch_size": len(y)}, []
+        times, case = [], settings | {"solver": solver, "batch_size": len(y)}
         for _ in range(4):
             began, nfe = time.perf_counter(), []
             generate(model, y.to(model.cos.device), **case, nfe=nfe)[-1].cpu()  # waits for a GPU
@@ -544,7 +546,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--stages", type=natural, help="1: no prior; unset: 2, without LEM 1")
     add("--cfg", type=scales, help="w of stages 2, 3, ..., of --prior's blocks; unset: the model's")
     add("--cfg-stage1", type=at_least(float, 1), default=1.0, help="of stage 1; 1: off")
-    add("--guide-on", choices=["both", "prior"], help="what v_u of guidance lacks")
+    add("--guide-on", choices=["both", "prior"], default="both", help="what v_u lacks")
     add("--solver", choices=["dopri5", "euler"], default="dopri5", help="RK45 or Euler's method")
     add("--steps", type=natural, help="Euler steps per stage; unset: 50")
     add("--prior", help="a picture of yours as the visual prior: variations of it")
@@ -620,7 +622,7 @@ def main() -> None:
         raise UserError(f"--cfg has {len(args.cfg)} values for {stages - 1} stages with a prior")
     w = args.cfg or [config.cfg]
     settings = {"stages": stages, "cfg": [args.cfg_stage1, *w, *w[-1:] * stages][:stages]}
-    settings |= {"guide_on": args.guide_on or config.guide_on, "solver": args.solver}
+    settings |= {"guide_on": args.guide_on, "solver": args.solver}
     settings |= {"steps": args.steps or 50, "seed": args.seed}
     many, classes = args.npz or args.png_dir, [*range(config.num_classes)]
     classes = [model.null_class] if args.prior else classes if many else classes[:10]
@@ -628,9 +630,9 @@ def main() -> None:
         classes = parse_classes(args.classes, names[:-1])
     prior = args.prior
     if prior is not None:
-        prior = load_picture(prior, checkpoint["image_size"], checkpoint["channels"])
+        prior = fit_picture(open_picture(prior), checkpoint["image_size"], checkpoint["channels"])
     with (
-        process_group("gloo"),
+        process_group(torch.device("cpu")),  # they share files, not tensors
         torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"),
     ):
         if many:

@@ -11,6 +11,7 @@ import pickle
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -466,18 +467,29 @@ def test_one_batch_can_be_learned_by_heart():
     assert run.optimizer.param_groups[0]["lr"] == 3e-3 * 5 / 10  # warming up
 
 
-def test_gradients_are_the_same_in_micro_batches_and_with_checkpointing_and_near_in_bf16_and_fp16():
-    (x0, x1, y, t), gradients = batch(8), {}
+def test_gradients_are_the_same_in_micro_batches_checkpointed_compiled_and_near_in_bf16_and_fp16(
+    monkeypatch,
+):
+    traced = partial(torch.compile, backend="eager")  # all but the C++ compiler
+    monkeypatch.setattr(torch, "compile", traced)
+    (x0, x1, y, t), gradients, streams = batch(8), {}, []
     cases = {"plain": {}, "accum": dict(grad_accum=4), "checkpoint": dict(grad_checkpoint=True)}
+    cases |= {"compile": dict(compile=True, grad_checkpoint=True)}
     cases |= {"bf16": dict(precision="bf16"), "fp16": dict(precision="fp16")}
     for name, flags in cases.items():
         run = small_run(p_s=0.25, **flags)
         run.model.load_state_dict(awake().state_dict())
+        compiled = [m for m in run.model.modules() if m._compiled_call_impl]
+        assert len(compiled) == (4 if name == "compile" else 0)  # 2 blocks, 2 of LEM
+        for block in (*run.model.blocks, *run.model.lem.encoder, *run.model.lem.decoder):
+            block.register_forward_hook(lambda b, inputs, out: streams.append((inputs[0], out)))
         loss, norm = run.step(1, torch.stack([x0, 0 * x0], 1), x1, x1, y, t)
         assert loss.shape == (8,) and loss.dtype == torch.float32
         clipped = torch.cat([p.grad.flatten() for p in run.model.parameters()])
         gradients[name] = clipped * max(norm, 1)
-    for name, tolerance in dict(accum=1e-5, checkpoint=1e-6, bf16=0.05, fp16=0.01).items():
+    assert all(x.dtype == torch.float32 for pair in streams for x in pair)  # the residual stream
+    tolerances = dict(accum=1e-5, checkpoint=1e-6, compile=1e-5, bf16=0.05, fp16=0.01)
+    for name, tolerance in tolerances.items():
         error = (gradients[name] - gradients["plain"]).norm() / gradients["plain"].norm()
         assert error < tolerance and (error > 1e-4) == (name in ("bf16", "fp16")), (name, error)
 
@@ -542,6 +554,47 @@ def test_when_one_process_fails_all_end_and_its_message_comes_first(tmp_path):
     error = next(line for line in ended.stderr.splitlines() if "train.py: error: " in line)
     assert "b/2.png is not a readable picture" in error
     assert 'train.py", line' not in ended.stderr  # no traceback of ours; torchrun shows its own
+
+
+def test_sigterm_to_torchrun_stops_all_processes_soon_and_saves(tmp_path):
+    flags = [*QUICK, "--steps", 10**6, "--workers", 1, "--log-every", 10**6]
+    flags += ["--save-every", 10**6, "--out", tmp_path / "a"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [HERE / "train.py", *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "err").open("wb") as err:
+        process = subprocess.Popen(command, env=env, stdout=err, stderr=err)
+    while process.poll() is None and not re.search(r" [1-9]\d*/", (tmp_path / "err").read_text()):
+        time.sleep(0.1)  # until it trains
+    began = time.time()
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    text = (tmp_path / "err").read_text()
+    assert time.time() - began < 25 and "Traceback" not in text.split("stopped after step")[0]
+    step = sample.load_checkpoint(tmp_path / "a/ckpt.pt")["step"]
+    assert step % 10 == 0 and f"stopped after step {step};" in text
+
+
+def test_processes_that_see_different_checkpoints_do_not_resume(trained, tmp_path):
+    # As on two machines whose --out is not shared: the same command in two folders.
+    command = [sys.executable, HERE / "train.py", *map(str, QUICK), "--steps", "9", "--resume"]
+    (tmp_path / "1/a").mkdir(parents=True)
+    (tmp_path / "1/a/ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    (tmp_path / "0").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [
+        subprocess.Popen(
+            [*command, "--out", "a"], cwd=tmp_path / rank, env={**env, "RANK": rank},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    assert all("not all processes see the same" in error for error in errors)
 
 
 KILLS = int(os.environ.get("DOD_KILLS", 2))
@@ -625,7 +678,7 @@ def test_folders_of_odd_pictures_are_read(tmp_path):
     pictures, _ = train.load_data(str(tmp_path), 8, 3, 0)
     assert pictures.classes == ["a", "b"] and sorted(pictures.labels) == [0] * 4 + [1] * 3
     assert {pictures[i][0].shape for i in range(7)} == {(3, 8, 8)}
-    image = sample.load_picture(tmp_path / "a/turned.png", 4, 1)
+    image = sample.fit_picture(sample.open_picture(tmp_path / "a/turned.png"), 4, 1)
     assert image[0, 0].max() < 99 and image[0, -1].min() > 150  # black is on top now
 
 
@@ -692,7 +745,8 @@ def test_a_cache_is_encoded_by_all_processes_and_only_where_parts_are_missing(
     encoded.clear()
     shared = train.open_cache(tmp_path / "shared", pictures, codec, 0)
     assert encoded == [1, 64, 64, 22, 22, 1, 1, 1]  # its size; two parts, both flips; the check
-    assert len(shared) == 150 and [len(part) for part in shared.parts] == [64, 64, 22]
+    assert len(shared) == 150 and len(shared.files) == 3
+    assert len(pickle.dumps(shared)) < 9999  # a loader's process gets the names, not the latents
     for i in (0, 63, 64, 149):
         for flipped in (False, True):
             assert torch.equal(whole.view(i, flipped)[0], shared.view(i, flipped)[0])
@@ -929,6 +983,7 @@ def test_a_set_of_samples_goes_on_after_a_kill_and_refuses_other_settings(
         return generate(*args, start=start, **rest)
 
     monkeypatch.setattr(sample, "generate", dies)
+    (tmp_path / "a.npz.parts").mkdir()  # as if killed at once
     assert run(sample, *flags) == 130 and not (tmp_path / "a.npz").exists()
     assert run(sample, *flags, "--seed", 1) == 2
     assert "another seed" in capfd.readouterr().err
@@ -1022,6 +1077,36 @@ def test_user_errors_end_in_one_line(argv, message, trained, tmp_path, monkeypat
     assert not Path("executed").exists() and not Path("samples.png").exists()
 
 
+@pytest.mark.parametrize("error, printed", [
+    (MemoryError(), "out of memory"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory (CUDA out of mem"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower --batch-size"),
+    (OSError("memory.png: no such file"), "error: memory.png: no such file"),
+    (RuntimeError("UserError: Connectionless/a.png is broken"), "error: Connectionless/a.png is"),
+    (RuntimeError("gloo: Connection closed by peer [::1]"), "out of reach (gloo: Connection clo"),
+    (RuntimeError("shapes of memory bank and reconnected graph differ"), None),
+])  # fmt: skip
+def test_errors_are_told_apart(error, printed, monkeypatch, capsys):
+    def fails():
+        raise error
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit if printed else RuntimeError) as caught:
+        sample.run_command(fails)
+    assert printed is None or (caught.value.code == 2 and printed in capsys.readouterr().err)
+
+
+def test_a_data_set_is_downloaded_by_one_process_after_another(monkeypatch):
+    order, data = [], Namespace(classes=list("ab"), targets=[0, 1] * 9)
+    loads = lambda folder, download: order.append("loads") or data  # noqa: E731
+    monkeypatch.setattr("torchvision.datasets.MNIST", loads)
+    monkeypatch.setattr(train, "processes", lambda: (1, 3))
+    monkeypatch.setattr(train, "wait", lambda: order.append("waits"))
+    assert len(train.load_data("mnist", 28, 1, 0)[0]) == 18
+    assert order == ["waits", "loads", "waits", "waits"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     tmp_path, monkeypatch, capfd
 ):
@@ -1039,9 +1124,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_a_finite_loss_with_a_gradient_that_is_not_stops_the_run_too():
     loss, t = torch.ones(2), torch.ones(2) / 2
     steps = [(7, t, loss, torch.tensor(1.0)), (8, t, loss, torch.tensor(float("nan")))]
-    assert train.summarise(small_run(), steps[:1], 1.0, 0.5, False)["grad_norm"] == 1
+    assert train.summarise(small_run(), steps[:1], 1.0, 0.5)["grad_norm"] == 1
     with pytest.raises(FloatingPointError, match="step 8"):
-        train.summarise(small_run(), steps, 1.0, 0.5, False)
+        train.summarise(small_run(), steps, 1.0, 0.5)
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -1216,12 +1301,17 @@ def test_inception_agrees_with_torch_fidelity_and_sfid_reads_the_right_channels(
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
 
 
-def random_ckpt(path: Path, config: Config) -> Path:
+def random_ckpt(path: Path, config: Config, held_out: float = 0.1) -> Path:
     """A checkpoint for the 8 x 8 digits, with random weights."""
     torch.manual_seed(0)
     config = replace(config, depth=1, p=4, latent_size=8, latent_channels=1)
     about = {"format": "dod-1", "step": 7, "data": "digits", "image_size": 8, "channels": 1}
-    about |= {"held_out": 0.1, "classes": [str(k) for k in range(10)], "codec": "none", "p_s": 0.25}
+    about |= {
+        "held_out": held_out,
+        "classes": [str(k) for k in range(10)],
+        "codec": "none",
+        "p_s": 0.25,
+    }
     dod = DoD(config)
     for p in dod.parameters():  # no layer stays zero
         p.data += 0.1 * torch.randn_like(p)
@@ -1271,7 +1361,7 @@ def test_fig4_stages_reports_floor_stages_and_class_guidance(ckpt, capsys):
     assert ckpt.with_name("stages.json").stat() == before
 
 
-def test_fig4_stages_scans_guidance_against_training_pictures(ckpt, monkeypatch, tmp_path):
+def test_fig4_stages_scans_guidance_against_training_pictures(ckpt, monkeypatch, tmp_path, capsys):
     given, measured, out = [], [], tmp_path / "scan.json"
     monkeypatch.setattr(sample, "generate", lambda *a, f=sample.generate: given.append(a) or f(*a))
     watch = lambda *a, f=evaluate.measure: measured.append(a[0]) or f(*a)  # noqa: E731
@@ -1286,6 +1376,11 @@ def test_fig4_stages_scans_guidance_against_training_pictures(ckpt, monkeypatch,
     images, y = default_collate([training[i] for i in range(809, 879)])  # of 1617; the second half
     assert torch.equal(measured[0], images) and torch.equal(given[0][1], y)
     assert torch.equal(measured[1], evaluate.first(training, 70)[0])  # the floor: of the first
+    dod = replace(CONFIGS["DoD-Ti"], N=2)
+    flags, none = [*flags, "--overwrite"], random_ckpt(tmp_path / "none.pt", dod, held_out=0)
+    assert run(evaluate, "stages", "--ckpt", none, *flags) == 0  # a run that held none out
+    assert run(evaluate, "probe", "--ckpt", none) == 2
+    assert "--held-out leaves more" in capsys.readouterr().err
 
 
 def test_a_plain_fitv2_has_stage_1_and_its_class_guidance(ckpt, capsys):

@@ -20,6 +20,7 @@ import argparse
 import copy
 import hashlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -41,7 +42,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from flow import keeps_prior, logit_normal, naive_loss, rectified_flow_loss
-from model import CONFIGS, Config, DoD, UserError, count_macs
+from lem import ViTBlock
+from model import CONFIGS, Block, Config, DoD, UserError, count_macs
 from sample import (
     Codec, Parser, at_least, draw_grid, fit_picture, generate, load_checkpoint, load_codec,
     open_picture, pick_device, process_group, processes, replacing, run_command, wait,
@@ -56,7 +58,7 @@ class Pictures(Dataset):
     def __init__(self, classes: list[str], labels, source: Callable, rows, size, channels):
         self.classes, self.labels, self.rows = classes, np.asarray(labels)[rows], rows
         self.source, self.size, self.channels = source, size, channels
-        self.keep = len(rows) * channels * size**2 < 2**30  # in memory, if less than 1 GiB
+        self.in_memory = len(rows) * channels * size**2 < 2**30  # less than 1 GiB
         self.seen = {}
 
     def __len__(self) -> int:
@@ -66,7 +68,7 @@ class Pictures(Dataset):
         picture = self.seen.get(i)
         if picture is None:
             picture = fit_picture(self.source(int(self.rows[i])), self.size, self.channels)
-            if self.keep:
+            if self.in_memory:
                 self.seen[i] = picture
         return picture, int(self.labels[i])
 
@@ -123,7 +125,12 @@ def torchvision_data(name: str):
     known = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST}
     try:
         if name in known:
-            return known[name]("data", download=True)
+            rank, size = processes()
+            for turn in range(size):  # one process after another: the first downloads it
+                if turn == rank:
+                    data = known[name]("data", download=True)
+                wait()
+            return data
         return datasets.ImageFolder(name, loader=open_picture)
     except Exception as error:  # no such folder, no pictures in it; and whatever urllib raises
         advice = "it must be a folder that holds a folder of pictures for each class"
@@ -164,23 +171,33 @@ def load_data(name: str, size: int, channels: int, held_out: float) -> tuple[Pic
 
 
 class Latents(Dataset):
-    """Cached latents, memory-mapped parts of PART pictures each: (n, 2 flips, 2, C, H, W), fp16.
+    """Cached latents, in files of PART pictures each: (n, 2 flips, 2 moments, C, H, W), fp16.
 
-    The pair is mean and standard deviation of the VAE's posterior: each use draws from it anew.
+    The moments are mean and standard deviation of the VAE's posterior: each use draws from it anew.
+    Raises ValueError or OSError if a file is damaged.
     """
 
-    PART = 1024
+    PART = 8192  # 268 MB for 256 x 256 pictures
 
     def __init__(self, files: list[Path], labels: np.ndarray):
-        self.labels, self.parts = labels, [np.load(file, mmap_mode="r") for file in files]
+        self.labels, self.files = labels, files
+        counts = [len(np.load(file, mmap_mode="r")) for file in files]
+        if counts != [len(labels[i : i + self.PART]) for i in range(0, len(labels), self.PART)]:
+            raise ValueError(f"parts of {counts} latents for {len(labels)} pictures")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def view(self, i: int, flipped: bool) -> tuple[torch.Tensor, int]:
         """Mean and standard deviation (2, C, H, W) of picture i's posterior, and its class."""
-        moments = self.parts[i // self.PART][i % self.PART, int(flipped)]
+        moments = mapped(self.files[i // self.PART])[i % self.PART, int(flipped)]
         return torch.from_numpy(moments.astype(np.float32)), int(self.labels[i])
+
+
+@lru_cache(maxsize=256)  # in each process for itself: pickled, a map would be the whole file
+def mapped(file: Path) -> np.ndarray:
+    """A .npy file, memory-mapped."""
+    return np.load(file, mmap_mode="r")
 
 
 def open_cache(folder: Path, pictures: Pictures, codec: Codec, workers: int) -> Latents:
@@ -232,7 +249,7 @@ def encode_parts(files: dict[int, Path], pictures: Pictures, codec: Codec, worke
     n, total, batch = Latents.PART, len(pictures), 64  # a divisor of PART
     spans = [range(k * n, min((k + 1) * n, total)) for k in files]
     subset = Subset(pictures, [i for span in spans for i in span])
-    loader = iter(DataLoader(subset, batch, num_workers=workers))
+    loader = iter(DataLoader(subset, batch, num_workers=workers, worker_init_fn=own_session))
     for file, span in zip(tqdm(files.values(), unit="part", disable=None), spans, strict=True):
         rows = []
         for images, _ in islice(loader, -(-len(span) // batch)):
@@ -240,6 +257,11 @@ def encode_parts(files: dict[int, Path], pictures: Pictures, codec: Codec, worke
             rows.append(torch.stack(flips, 1).half().numpy())  # (b, 2 flips, 2, C, H, W)
         with replacing(file) as temporary, temporary.open("wb") as stream:
             np.save(stream, np.concatenate(rows))
+
+
+def own_session(worker: int) -> None:
+    """A loader's process leaves the others' group, or Ctrl-C would end it before the step's end."""
+    os.setsid()
 
 
 # --------------------------------------------------------------------------------- random examples
@@ -312,14 +334,13 @@ class Run:
         )
         self.set_precision()
         if args.compile:
-            self.model.compile()  # in place: the weights keep their names
-            if config.N:  # reached through visual_prior, not through forward
-                self.model.lem.compile()
-                self.model.prior_mlp.compile()
+            for module in self.model.modules():  # block by block: the weights keep their names
+                if isinstance(module, (Block, ViTBlock)):
+                    module.compile(dynamic=False)
         self.objective = Objective(self.model)
         if self.processes > 1:
             self.objective = nn.parallel.DistributedDataParallel(
-                self.objective, gradient_as_bucket_view=True,
+                self.objective, gradient_as_bucket_view=True, broadcast_buffers=False,
                 find_unused_parameters=self.some_unused,
             )  # fmt: skip
 
@@ -343,7 +364,8 @@ class Run:
         residual stream, LayerNorms, softmax statistics and loss are fp32 in each."""
         name, cuda = self.args.precision, self.device.type == "cuda"
         if name == "auto":
-            name = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bf16" if bf16 else "fp16" if cuda else "fp32"
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "fp16")
 
@@ -406,18 +428,24 @@ def save_checkpoint(path: Path, run: Run, step: int, about: dict) -> None:
     Raises UserError if it cannot be written (disk full); an earlier checkpoint is then intact.
     """
     state = {part: getattr(run, part).state_dict() for part in PARTS}
-    try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save({"format": "dod-1", "step": step, **about, **state}, file)
-    except (UserError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        kept = "an earlier checkpoint is kept; make room, then --resume"
-        raise UserError(f"could not write {path} ({error}); {kept}") from None
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save({"format": "dod-1", "step": step, **about, **state}, file)
 
 
 def resume(path: Path, run: Run, about: dict) -> int:
-    """Loads a checkpoint into `run` -> its step. Raises UserError if it is of another run."""
-    saved = load_checkpoint(path)
-    free = {"config": None, "cfg": None, "guide_on": None}  # guidance is for sampling only
+    """Loads a checkpoint into `run` -> its step; 0 if there is none.
+
+    Raises UserError if it is of another run, or not the same one for all processes.
+    """
+    saved = load_checkpoint(path) if path.exists() else {"step": 0}
+    if run.processes > 1:
+        steps = torch.tensor([saved["step"], -saved["step"]], device=run.device)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps.sum() != 0:
+            raise UserError(f"not all processes see the same {path}; give them one --out to share")
+    if not saved["step"]:
+        return 0
+    free = {"config": None, "cfg": None}  # guidance is for sampling only
     then, now = ({**facts, **facts["config"], **free} for facts in (saved, about))
     differ = [f"{k} was {then.get(k)}, now {now[k]}" for k in now if now[k] != then.get(k)]
     if differ:
@@ -441,7 +469,7 @@ def initialise(path: Path, run: Run) -> str:
 # ----------------------------------------------------------------------------------------- the log
 
 
-def summarise(run: Run, pending: list[tuple], seconds: float, waited: float, stop: bool) -> dict:
+def summarise(run: Run, pending: list[tuple], seconds: float, waited: float) -> dict:
     """A log record of the last steps, of all processes: loss, loss by quarter of t, and the rest.
 
     pending: (step, t (b,), loss (b,), norm ()) of each. Read here, not in each step, so that a GPU
@@ -455,11 +483,10 @@ def summarise(run: Run, pending: list[tuple], seconds: float, waited: float, sto
             raise FloatingPointError(f"the loss of step {step} (or its gradient) is not finite")
     quarter = (4 * t.flatten()).long().clamp(max=3)
     sums = torch.zeros(4).double().index_add(0, quarter, losses.flatten())
-    totals = torch.cat([sums, quarter.bincount(minlength=4), torch.tensor([stop])])
+    totals = torch.cat([sums, quarter.bincount(minlength=4)])
     if run.processes > 1:
         dist.all_reduce(totals := totals.to(run.device))
-    *totals, stop = totals.tolist()
-    sums, counts = totals[:4], totals[4:]
+    sums, counts = totals[:4].tolist(), totals[4:].tolist()
     return {
         "step": steps[-1],
         "loss": sum(sums) / sum(counts),
@@ -468,7 +495,6 @@ def summarise(run: Run, pending: list[tuple], seconds: float, waited: float, sto
         "images_per_s": sum(counts) / seconds,
         "waiting_for_data": waited / seconds,  # a share
         "memory_gib": run.memory(),
-        "stop": bool(stop),
     }
 
 
@@ -482,6 +508,18 @@ def deferred_signals() -> Iterator[list[int]]:
     finally:
         for s, handler in zip(signals, before, strict=True):
             signal.signal(s, handler)
+
+
+def agree_to_stop(run: Run, step: int, caught: list[int]) -> bool:
+    """Whether a signal has reached any process. Several agree on it at every tenth step: soon
+    enough for torchrun, which kills what is left of them after 30 s."""
+    if run.processes == 1:
+        return bool(caught)
+    if step % 10:
+        return False
+    count = torch.tensor(len(caught), device=run.device)
+    dist.all_reduce(count)
+    return count.item() > 0
 
 
 class Log:
@@ -518,6 +556,7 @@ def run_steps(run: Run, data: Pictures | Latents, pictures, done: int, ckpt: Pat
     loader = iter(DataLoader(
         Examples(data, args, run.config), batch_sampler=(batch[run.share] for batch in items),
         num_workers=args.workers, pin_memory=run.device.type == "cuda",
+        worker_init_fn=own_session,
     ))  # fmt: skip
     log = Log(ckpt.with_name("log.jsonl"), done, args.tensorboard) if first else None
     bar = tqdm(initial=done, total=args.steps, unit="step", mininterval=1, disable=not first)
@@ -533,13 +572,12 @@ def run_steps(run: Run, data: Pictures | Latents, pictures, done: int, ckpt: Pat
             pending.append((step, t, *run.step(step, *batch)))
             bar.update()
 
-            last, stop = step == args.steps, bool(caught) and run.processes == 1  # or see summarise
+            last, stop = step == args.steps, agree_to_stop(run, step, caught)
             every = args.log_every, args.save_every, args.keep_every, args.sample_every
             log_now, save, keep, draw = (n > 0 and step % n == 0 for n in every)
             if not (log_now or save or keep or draw or last or stop):
                 continue
-            record = summarise(run, pending, time.time() - began, waited, bool(caught))
-            stop = record.pop("stop")
+            record = summarise(run, pending, time.time() - began, waited)
             if first:
                 log.write(record)
                 rate = f"{record['images_per_s']:.0f} images/s"
@@ -599,8 +637,8 @@ def train(args) -> None:
     about = {name: getattr(args, name) for name in RECORDED}
     about |= {"classes": pictures.classes, "pictures": len(pictures)}
     about |= {"codec": codec.name, "config": asdict(config)}
-    done = resume(ckpt, run, about) if args.resume and ckpt.exists() else 0
-    fresh = initialise(Path(args.init), run) if args.init else "all"
+    done = resume(ckpt, run, about) if args.resume else 0
+    fresh = initialise(Path(args.init), run) if args.init else "none" if done else "all"
     if rank == 0:
         for remains in ckpt.parent.glob(".*.tmp.*"):  # of a run killed while it wrote
             remains.unlink()
@@ -616,6 +654,7 @@ def train(args) -> None:
     if done < args.steps:
         if rank == 0:
             print(f"stopped after step {done}; the same command with --resume continues")
+        wait()  # until it is saved: a process that ends makes torchrun end the others
         sys.exit(130)
     if rank == 0:
         finish(run, pictures, ckpt)
@@ -682,10 +721,9 @@ def benchmark(args) -> None:
     with_prior = macs["lem"] + macs["e_s"]
     cost = {"ours": share * with_prior + (1 - share) * macs["s"], "naive": with_prior}
     shape = (config.latent_channels, config.latent_size, config.latent_size)
-    rng, b = np.random.default_rng(run.rank), B // run.processes
-    x, (eps, x1) = rng.standard_normal((b, 2, *shape)), rng.standard_normal((2, b, *shape))
-    parts = *(torch.from_numpy(part).float() for part in (x, eps, x1)), torch.arange(b) % 10
-    batch = [part.to(run.device) for part in (*parts, logit_normal(b, rng))]
+    b, randn = B // run.processes, partial(torch.randn, device=run.device)
+    batch = randn(b, 2, *shape), randn(b, *shape), randn(b, *shape), torch.arange(b) % 10
+    batch = [part.to(run.device) for part in (*batch, logit_normal(b))]
     side = 8192 if run.device.type == "cuda" else 3072
     matrix = torch.randn(side, side, device=run.device, dtype=run.dtype)
     calls = {
@@ -698,7 +736,7 @@ def benchmark(args) -> None:
         began = time.perf_counter()
         calls[name]()
         if run.device.type != "cpu":
-            getattr(torch, run.device.type).synchronize()
+            torch.accelerator.synchronize()
         times[name].append(time.perf_counter() - began)
     if run.rank > 0:
         return
@@ -731,8 +769,8 @@ DATA = {  # what --data changes in the defaults; a folder of pictures is as CIFA
 IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, cfg=5.5)  # with --vae
 # CHOICE: DoD-Ti learns at 20 times the paper's rate. Without the warm-up LEM then died in our runs:
 # e_s became the same for all pictures, and the loss with a prior the same as without.
-SMALL = dict(batch_size=64, lr=2e-3, warmup=300, steps=2500)
-PAPER = dict(batch_size=256, lr=1e-4, warmup=0, steps=400_000)  # section 4.1
+SMALL = dict(batch_size=64, lr=2e-3, warmup=300, steps=2500, save_every=1000)
+PAPER = dict(batch_size=256, lr=1e-4, warmup=0, steps=400_000, save_every=10_000)  # section 4.1
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -770,7 +808,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--workers", type=count, default=0, help="processes that load pictures, for each process")
     add("--log-every", type=natural, default=50, help="steps between records in log.jsonl")
-    add("--save-every", type=natural, default=1000, help="steps between checkpoints")
+    add("--save-every", type=natural, help="steps between checkpoints")
     add("--keep-every", type=count, default=0, help="steps between those kept; 0: the newest only")
     add("--sample-every", type=count, default=0, help="steps between sample grids; 0: at the end")
     add("--tensorboard", action=switch, default=False, help="log there too, if installed")
@@ -790,7 +828,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse(sys.argv[1:])
     args.p_s = args.p_s if args.latent_tokens else 1.0  # without LEM nobody has a prior
-    with process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo"):
+    with process_group(pick_device(args.device)):
         benchmark(args) if args.benchmark else train(args)
 
 
