@@ -391,8 +391,8 @@ def figure_4(args: argparse.Namespace) -> None:
     saved, model, codec, training, held_out = load_run(args)
     network, facts = load_network(args, saved, training)
     half = range((len(training) + 1) // 2, len(training))  # the floor is of the other half
-    reference = Subset(training, half) if args.against == "training" else held_out
-    (real, y), (floor, floor_y) = first(reference, args.num), first(training, args.num)
+    compared = Subset(training, half) if args.against == "training" else held_out
+    (real, y), (floor, floor_y) = first(compared, args.num), first(training, args.num)
     floor, floor_y = floor[: len(y)], floor_y[: len(y)]
     reference, rows, blocks = measure(real, network, args.against), [], [("real", real[:10])]
     if args.command == "reconstruct":
@@ -414,7 +414,7 @@ def figure_4(args: argparse.Namespace) -> None:
             large = min(real.shape[2:]) > 10
             row["ssim"] = torch.cat([ssim(*p) for p in pairs]).mean().item() if large else None
         if rows:
-            blocks.append((f"{row['what']}\nw = {row['guidance']:g}", images[:10]))
+            blocks.append((f"{row['what']}\nw = {row['guidance']:g}", images[:10].clone()))
         rows.append(row)
     draw_figure(args.out.with_suffix(".png"), rows, f"{args.against} pictures")
     with replacing(args.out.with_suffix(".pictures.png")) as temporary:
@@ -440,7 +440,8 @@ def samples(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def probe(args: argparse.Namespace) -> None:
-    """Table 2, right: linear probes of LEM's latent tokens, top-1 on held-out pictures."""
+    """Table 2, right: linear probes of LEM's latent tokens, top-1 on held-out pictures. CHOICE: of
+    their mean and of all of them; the paper does not say how it pools them."""
     saved, model, codec, training, held_out = load_run(args)
     if not model.config.N:
         raise UserError(f"{args.ckpt} is a plain FiTv2: it has no LEM to probe")

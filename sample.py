@@ -224,7 +224,8 @@ class Codec:
 
 class VAE(Codec):
     """Stable Diffusion's VAE (section 3.3), of diffusers: AutoencoderKL, or AutoencoderTiny, whose
-    posterior is a point. 256 x 256 x 3 pictures -> 32 x 32 x 4 latents. 32 pictures at a time."""
+    posterior is a point. 256 x 256 x 3 pictures -> 32 x 32 x 4 latents, 32 pictures at a time, on a
+    GPU in bf16. CHOICE: which of its versions the paper does not say; the README's is ft-EMA."""
 
     def __init__(self, name: str, device: torch.device):
         self.name = str(Path(name).absolute()) if Path(name).is_dir() else name
@@ -309,7 +310,7 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> DoD:
 
 def noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -> torch.Tensor:
     """z_1^i: standard normal (len(numbers), *shape), image n's a function of (seed, n, stage)."""
-    rngs = [np.random.default_rng((seed, 2, n, stage)) for n in numbers]  # 3: label
+    rngs = [np.random.default_rng((seed, 2, n, stage)) for n in numbers]  # 3: label()
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 

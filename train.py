@@ -100,7 +100,7 @@ def draw_letter(i: int, size: int) -> Image.Image:
     The class tells the letter. Its typeface, height, place, tilt (up to 20 degrees) and two colours
     are left for a visual prior to tell. Drawn four times too large, then box-filtered.
     """
-    rng, big, letter = np.random.default_rng((2411, i)), 4 * size, LETTERS[i % 10]
+    rng, big, letter = np.random.default_rng((2411, i)), 4 * size, LETTERS[i % 10]  # any number
     font = typeface(TYPEFACES[rng.integers(22)], round(big * rng.uniform(0.75, 1.05)))
     box = np.reshape(font.getbbox(letter), (2, 2))
     corner = (big - box.sum(0)) / 2 + rng.uniform(-0.05, 0.05, 2) * big
@@ -272,6 +272,8 @@ class Examples(Dataset):
 
     picture uint8 (channels, size, size) or cached moments (2, C, H, W), flipped or not; eps
     (C, H, W), for the posterior; x1 (C, H, W); y (); t (). Random by (seed, step, position).
+    CHOICE: classes are dropped with probability 0.1, whether or not the prior is (keeps_prior), and
+    pictures mirrored with 0.5; the paper names neither.
     """
 
     def __init__(self, data: Pictures | Latents, args: argparse.Namespace, config: Config):
@@ -329,7 +331,7 @@ class Run:
         self.model = DoD(config).to(self.device)
         self.model.grad_checkpoint = args.grad_checkpoint
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(  # section 4.1
+        self.optimizer = torch.optim.AdamW(  # section 4.1; CHOICE: betas, the usual ones
             self.model.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0, fused=True
         )
         self.set_precision()
@@ -388,7 +390,7 @@ class Run:
                 self.scaler.scale(loss.mean() / (last + 1)).backward()
             losses.append(loss.detach())
         self.scaler.unscale_(self.optimizer)
-        # CHOICE: clipped at 1, and classes dropped with probability 0.1; the paper names neither.
+        # CHOICE: clipped at 1; the paper names no clip.
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.scaler.step(self.optimizer)  # with fp16, not if the gradient overflowed
         self.scaler.update()
