@@ -270,7 +270,7 @@ def read_pictures(path: Path) -> Iterator[torch.Tensor]:
     """
     if path.is_dir():
         suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-        for file in sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes):
+        for file in sorted(f for f in path.rglob("[!.]*") if f.suffix.lower() in suffixes):
             image = sample.open_picture(file)
             pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
             yield torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)

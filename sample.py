@@ -72,18 +72,8 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        message = " ".join(str(error).rpartition("UserError: ")[2].split())  # also of a worker's
-        rank, size = processes()
-        mendable = not isinstance(error, RuntimeError) or "UserError: " in str(error)
-        full = isinstance(error, MemoryError) or re.search("(out of|allocate) memory", message)
-        alone = isinstance(error, dist.DistError) or "gloo" in message or "by peer" in message
-        if full:
-            less = "lower --batch-size; in training, raise --grad-accum or use --grad-checkpoint"
-            message, mendable = f"out of memory ({message[:300]}); {less}", True
-        elif alone and size > 1 and not mendable:
-            message = f"another process has ended or is out of reach ({message[:300]})"
-            mendable = True
-        if not mendable:
+        message, (rank, size) = explain(error), processes()
+        if not message:
             raise
         sys.stdout.flush()
         where = f"process {rank}: " if rank else ""
@@ -91,6 +81,25 @@ def run_command(main: Callable[[], None]) -> None:
         if size > 1:
             os._exit(2)  # at once: an orderly exit might wait for the other processes
         sys.exit(2)
+
+
+def explain(error: Exception) -> str | None:
+    """What the user can mend, in a line; None for a bug of ours."""
+    text = " ".join(str(error).rpartition("UserError: ")[2].split())  # also of a loader's process
+    if isinstance(error, MemoryError) or re.search("(out of|allocate) memory", text):
+        less = "lower --batch-size; in training, raise --grad-accum or use --grad-checkpoint"
+        return f"out of memory ({text[:300]}); {less}"
+    if not isinstance(error, RuntimeError) or "UserError: " in str(error):
+        return text
+    if isinstance(error, dist.DistError) or "gloo" in text or "by peer" in text:
+        return f"{text[:300]} (perhaps another process has ended)"
+    return None
+
+
+def remove_remains(folder: Path) -> None:
+    """Removes what `replacing` left in a folder of ours when it was killed."""
+    for file in Path(folder).glob(".*.tmp.*"):
+        file.unlink()
 
 
 @contextmanager
@@ -108,6 +117,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # on the disk before the name is
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if "CUDA" in str(error):
+            raise
         what = f"could not write {path} ({error}); what was there is kept"
         raise UserError(f"{what}; is there room?") from None
     finally:
@@ -154,7 +165,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     fails, torchrun ends them all; so they may wait long for a slower one's share of the work."""
     if processes()[1] > 1:
         gpu = device if device.type == "cuda" else None
-        backend, patience = "nccl" if gpu else "gloo", timedelta(hours=2)
+        backend, patience = ("nccl", timedelta(hours=2)) if gpu else ("gloo", timedelta(days=1))
         dist.init_process_group(backend, timeout=patience, device_id=gpu)
     yield
     if dist.is_initialized():
@@ -288,8 +299,9 @@ def load_checkpoint(path: Path) -> dict:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if checkpoint["format"] != "dod-1" or not {"config", "ema", "classes"} <= {*checkpoint}:
+        if checkpoint["format"] != "dod-1" or not {"ema", "classes"} <= {*checkpoint}:
             raise ValueError
+        Config(**checkpoint["config"])
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; train.py makes one") from None
     except Exception as error:  # a bad zip, a bad pickle, code in a pickle, no such key, ...
@@ -440,6 +452,9 @@ def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dic
     files = {first: parts / f"{first:06}.npy" for first in starts}
     missing = [first for first in starts if not files[first].exists()]
     wait()  # all have looked before one begins to write
+    if rank == 0 and args.png_dir:
+        remove_remains(args.png_dir)
+    wait()
     with replacing(note) as temporary:
         temporary.write_text(json.dumps(how))
     y = torch.tensor([label(n, classes, args.labels, args.seed) for n in range(args.num)])
@@ -460,7 +475,8 @@ def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dic
     wait()
     if rank == 0:
         if args.npz:
-            write_npz(args.npz, [*files.values()], y.numpy())
+            write_npz(parts / "whole.npz", [*files.values()], y.numpy())
+            os.replace(parts / "whole.npz", args.npz)
         shutil.rmtree(parts)
         print(f"wrote {args.num} pictures to {args.npz or args.png_dir}")
 
@@ -483,7 +499,7 @@ def write_npz(path: Path, files: list[Path], y: np.ndarray) -> None:
     """Joins .npy files into arr_0 of an .npz, one at a time: 50,000 pictures are 9.8 GB."""
     first = np.load(files[0], mmap_mode="r")
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(y), *first.shape[1:])}
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with zipfile.ZipFile(path, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             for file in files:

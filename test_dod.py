@@ -743,9 +743,11 @@ def test_a_cache_is_encoded_by_all_processes_and_only_where_parts_are_missing(
             train.open_cache(tmp_path / "shared", pictures, codec, 0)
         assert [file.name for file in (tmp_path / "shared").glob("*.npy")] == ["00001.npy"]
     encoded.clear()
+    (tmp_path / "shared/.00002.0-7.tmp.npy").write_bytes(b"of a kill")
     shared = train.open_cache(tmp_path / "shared", pictures, codec, 0)
     assert encoded == [1, 64, 64, 22, 22, 1, 1, 1]  # its size; two parts, both flips; the check
     assert len(shared) == 150 and len(shared.files) == 3
+    assert len([*(tmp_path / "shared").iterdir()]) == 4  # with meta.json, no remains
     assert len(pickle.dumps(shared)) < 9999  # a loader's process gets the names, not the latents
     for i in (0, 63, 64, 149):
         for flipped in (False, True):
@@ -807,6 +809,10 @@ def test_milestones_and_grids_on_the_way_and_fine_tuning_from_a_run(trained, tmp
         for name, weights in before["ema"].items()
         if name != "label.weight"
     )
+    more = [*flags, "--init", trained / "ckpt.pt", "--resume", "--steps", 2]
+    assert run(train, *more) == 0
+    assert "fresh weights: nothing\n" in capsys.readouterr().out  # the run's own, not --init's
+    assert sample.load_checkpoint(tmp_path / "b/ckpt.pt")["step"] == 2
 
 
 def test_benchmarks_of_the_training_step_print_both_steps_and_their_ratio(monkeypatch, capsys):
@@ -973,7 +979,7 @@ def test_a_set_of_samples_goes_on_after_a_kill_and_refuses_other_settings(
     trained, tmp_path, monkeypatch, capfd
 ):
     flags = ["--ckpt", trained / "ckpt.pt", "--solver", "euler", "--num", 9, "--batch-size", 2]
-    flags += ["--stages", 1, "--npz", tmp_path / "a.npz"]
+    flags += ["--stages", 1, "--npz", tmp_path / "a.npz", "--png-dir", tmp_path / "png"]
     generate, starts = sample.generate, []
 
     def dies(*args, start, **rest):
@@ -987,11 +993,14 @@ def test_a_set_of_samples_goes_on_after_a_kill_and_refuses_other_settings(
     assert run(sample, *flags) == 130 and not (tmp_path / "a.npz").exists()
     assert run(sample, *flags, "--seed", 1) == 2
     assert "another seed" in capfd.readouterr().err
+    (tmp_path / "png").mkdir()
+    (tmp_path / "png/.000001-1.0-7.tmp.png").write_bytes(b"of a kill")
     assert run(sample, *flags) == 0
     assert starts == [0, 2, 4, 4, 6, 8]  # what was done is not done again
     with np.load(tmp_path / "a.npz") as found:
         assert found["arr_0"].shape == (9, 8, 8, 3)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "png"]
+    assert len([*(tmp_path / "png").iterdir()]) == 9  # no remains
 
 
 def test_the_sampling_benchmark_reports_both_solvers(trained, capsys):
@@ -1034,6 +1043,7 @@ class Code:
     ("sample --ckpt cut.pt", "cut.pt"),
     ("sample --ckpt text.pt", "text.pt"),
     ("sample --ckpt code.pt", "code.pt"),
+    ("sample --ckpt other.pt", "other.pt is not a (whole) checkpoint"),
     ("sample --ckpt RUN/ckpt.pt --classes cat", "'cat' is unknown"),
     ("sample --ckpt RUN/ckpt.pt --cfg 0.5", "at least 1"),
     ("sample --ckpt RUN/ckpt.pt --cfg x", "--cfg"),
@@ -1068,6 +1078,8 @@ def test_user_errors_end_in_one_line(argv, message, trained, tmp_path, monkeypat
     Path("cut.pt").write_bytes(whole[: len(whole) // 2])
     Path("text.pt").write_text("text")
     Path("code.pt").write_bytes(pickle.dumps(Code()))
+    other = {"format": "dod-1", "ema": {}, "classes": [], "config": {"width": 8}}
+    torch.save(other, "other.pt")
     before = {p: p.read_bytes() for p in [*tmp_path.rglob("*"), *trained.iterdir()] if p.is_file()}
     module, *flags = argv.replace("RUN", str(trained)).split()
     assert run(globals()[module], *flags) == 2
@@ -1083,7 +1095,7 @@ def test_user_errors_end_in_one_line(argv, message, trained, tmp_path, monkeypat
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower --batch-size"),
     (OSError("memory.png: no such file"), "error: memory.png: no such file"),
     (RuntimeError("UserError: Connectionless/a.png is broken"), "error: Connectionless/a.png is"),
-    (RuntimeError("gloo: Connection closed by peer [::1]"), "out of reach (gloo: Connection clo"),
+    (RuntimeError("gloo: Connection closed by peer [::1]"), "closed by peer [::1] (perhaps"),
     (RuntimeError("shapes of memory bank and reconnected graph differ"), None),
 ])  # fmt: skip
 def test_errors_are_told_apart(error, printed, monkeypatch, capsys):
@@ -1467,6 +1479,7 @@ def test_samples_reads_npz_and_folders_alike_and_moments_of_a_whole_set(
         file = tmp_path / f"b/{i % 3}/{i:03}.{'PNG' if i % 2 else 'bmp'}"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image[0].numpy()).save(file)
+    (tmp_path / "b/.hidden.png").write_bytes(b"no picture")
     network, _ = evaluate.classifier(ckpt, sample.load_checkpoint(ckpt), training)
     truth = evaluate.compare(*(evaluate.measure(x, network, "x") for x in (real, fake)))
     for path in (npz, tmp_path / "b"):

@@ -46,7 +46,8 @@ from lem import ViTBlock
 from model import CONFIGS, Block, Config, DoD, UserError, count_macs
 from sample import (
     Codec, Parser, at_least, draw_grid, fit_picture, generate, load_checkpoint, load_codec,
-    open_picture, pick_device, process_group, processes, replacing, run_command, wait,
+    open_picture, pick_device, process_group, processes, remove_remains, replacing, run_command,
+    wait,
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------- data sets
@@ -125,12 +126,7 @@ def torchvision_data(name: str):
     known = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST}
     try:
         if name in known:
-            rank, size = processes()
-            for turn in range(size):  # one process after another: the first downloads it
-                if turn == rank:
-                    data = known[name]("data", download=True)
-                wait()
-            return data
+            return known[name]("data", download=True)
         return datasets.ImageFolder(name, loader=open_picture)
     except Exception as error:  # no such folder, no pictures in it; and whatever urllib raises
         advice = "it must be a folder that holds a folder of pictures for each class"
@@ -155,7 +151,11 @@ def load_data(name: str, size: int, channels: int, held_out: float) -> tuple[Pic
         classes, labels = [str(k) for k in range(10)], digits.target
         source = [Image.fromarray(np.uint8(scan * 255 / 16)) for scan in digits.images].__getitem__
     else:
-        data = torchvision_data(name)
+        rank, count = processes()
+        for turn in range(count) if name in DATA else [rank]:  # the first one may download it
+            if turn == rank:
+                data = torchvision_data(name)
+            wait()
         classes, labels, source = data.classes, data.targets, partial(picture_of, data)
     if len(classes) < 2:
         raise UserError(f"--data {name} has the one class {classes[0]!r}; at least 2 are needed")
@@ -174,16 +174,12 @@ class Latents(Dataset):
     """Cached latents, in files of PART pictures each: (n, 2 flips, 2 moments, C, H, W), fp16.
 
     The moments are mean and standard deviation of the VAE's posterior: each use draws from it anew.
-    Raises ValueError or OSError if a file is damaged.
     """
 
     PART = 8192  # 268 MB for 256 x 256 pictures
 
     def __init__(self, files: list[Path], labels: np.ndarray):
         self.labels, self.files = labels, files
-        counts = [len(np.load(file, mmap_mode="r")) for file in files]
-        if counts != [len(labels[i : i + self.PART]) for i in range(0, len(labels), self.PART)]:
-            raise ValueError(f"parts of {counts} latents for {len(labels)} pictures")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -214,16 +210,20 @@ def open_cache(folder: Path, pictures: Pictures, codec: Codec, workers: int) -> 
     meta = folder / "meta.json"
     then = json.loads(meta.read_text()) if meta.exists() else about
     differ = [k for k in about if then.get(k) != about[k]]
-    if differ or (not meta.exists() and folder.exists() and any(folder.iterdir())):
+    if differ or (not meta.exists() and any(folder.glob("[!.]*"))):
         what = f"another {differ[0]}" if differ else "files, but no meta.json"
         raise UserError(f"--cache {folder} has {what}; give another folder")
     files = [folder / f"{k:05}.npy" for k in range(-(-len(pictures) // Latents.PART))]
     missing = [k for k, file in enumerate(files) if not file.exists()]
     wait()  # all have looked before one begins to write
+    if rank == 0:
+        remove_remains(folder)
+    wait()
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         one, free = codec.encode(pictures[0][0][None]).nbytes, shutil.disk_usage(folder).free
-        need = len(missing) * Latents.PART * 2 * one  # 2 flips x 2 moments, half of fp32 each
+        count = min(len(missing) * Latents.PART, len(pictures))
+        need = 2 * one * count  # 2 flips x 2 moments, half of fp32 each
         sizes = f"{need / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free"
         if need > free:
             raise UserError(f"the latents need {sizes}; make room or give another --cache")
@@ -233,10 +233,13 @@ def open_cache(folder: Path, pictures: Pictures, codec: Codec, workers: int) -> 
             temporary.write_text(json.dumps(about))
         encode_parts({k: files[k] for k in missing[rank::size]}, pictures, codec, workers)
         wait()
-    try:
-        latents = Latents(files, pictures.labels)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--cache {folder}: a part is damaged ({error}); remove it") from None
+    for first, file in zip(range(0, len(pictures), Latents.PART), files, strict=True):
+        try:
+            if len(np.load(file, mmap_mode="r")) != min(Latents.PART, len(pictures) - first):
+                raise ValueError("too few latents, or too many")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--cache: {file} is damaged ({error}); remove it") from None
+    latents = Latents(files, pictures.labels)
     for i in {0, len(pictures) // 2, len(pictures) - 1}:  # the same pictures, the same weights?
         mean, _ = codec.moments(pictures[i][0][None])
         if (mean[0].cpu() - latents.view(i, False)[0][0]).abs().mean() > 0.05:
@@ -249,7 +252,7 @@ def encode_parts(files: dict[int, Path], pictures: Pictures, codec: Codec, worke
     n, total, batch = Latents.PART, len(pictures), 64  # a divisor of PART
     spans = [range(k * n, min((k + 1) * n, total)) for k in files]
     subset = Subset(pictures, [i for span in spans for i in span])
-    loader = iter(DataLoader(subset, batch, num_workers=workers, worker_init_fn=own_session))
+    loader = iter(DataLoader(subset, batch, num_workers=workers))
     for file, span in zip(tqdm(files.values(), unit="part", disable=None), spans, strict=True):
         rows = []
         for images, _ in islice(loader, -(-len(span) // batch)):
@@ -257,11 +260,6 @@ def encode_parts(files: dict[int, Path], pictures: Pictures, codec: Codec, worke
             rows.append(torch.stack(flips, 1).half().numpy())  # (b, 2 flips, 2, C, H, W)
         with replacing(file) as temporary, temporary.open("wb") as stream:
             np.save(stream, np.concatenate(rows))
-
-
-def own_session(worker: int) -> None:
-    """A loader's process leaves the others' group, or Ctrl-C would end it before the step's end."""
-    os.setsid()
 
 
 # --------------------------------------------------------------------------------- random examples
@@ -336,13 +334,14 @@ class Run:
         )
         self.set_precision()
         if args.compile:
+            torch._dynamo.config.optimize_ddp = False  # it would cut graphs that are small already
             for module in self.model.modules():  # block by block: the weights keep their names
                 if isinstance(module, (Block, ViTBlock)):
                     module.compile(dynamic=False)
         self.objective = Objective(self.model)
         if self.processes > 1:
             self.objective = nn.parallel.DistributedDataParallel(
-                self.objective, gradient_as_bucket_view=True, broadcast_buffers=False,
+                self.objective, gradient_as_bucket_view=True,
                 find_unused_parameters=self.some_unused,
             )  # fmt: skip
 
@@ -439,13 +438,14 @@ def resume(path: Path, run: Run, about: dict) -> int:
 
     Raises UserError if it is of another run, or not the same one for all processes.
     """
-    saved = load_checkpoint(path) if path.exists() else {"step": 0}
+    saved = load_checkpoint(path) if path.exists() else None
+    step = saved["step"] if saved else 0
     if run.processes > 1:
-        steps = torch.tensor([saved["step"], -saved["step"]], device=run.device)
+        steps = torch.tensor([step, -step], device=run.device)
         dist.all_reduce(steps, dist.ReduceOp.MAX)
         if steps.sum() != 0:
             raise UserError(f"not all processes see the same {path}; give them one --out to share")
-    if not saved["step"]:
+    if not saved:
         return 0
     free = {"config": None, "cfg": None}  # guidance is for sampling only
     then, now = ({**facts, **facts["config"], **free} for facts in (saved, about))
@@ -454,7 +454,7 @@ def resume(path: Path, run: Run, about: dict) -> int:
         raise UserError(f"cannot resume {path}: {differ[0]}; repeat the flags of the first run")
     for part in PARTS:
         getattr(run, part).load_state_dict(saved[part])
-    return saved["step"]
+    return step
 
 
 def initialise(path: Path, run: Run) -> str:
@@ -471,14 +471,16 @@ def initialise(path: Path, run: Run) -> str:
 # ----------------------------------------------------------------------------------------- the log
 
 
-def summarise(run: Run, pending: list[tuple], seconds: float, waited: float) -> dict:
+def summarise(run: Run, pending: list[tuple], began: float, waited: float) -> dict:
     """A log record of the last steps, of all processes: loss, loss by quarter of t, and the rest.
 
     pending: (step, t (b,), loss (b,), norm ()) of each. Read here, not in each step, so that a GPU
-    need not wait. Raises FloatingPointError naming the first step whose loss is not finite.
+    need not wait. began: time.time() before them; waited: seconds that they waited for data. Raises
+    FloatingPointError naming the first step whose loss is not finite.
     """
     steps, t, losses, norms = zip(*pending, strict=True)
     t, losses, norms = (torch.stack(parts).cpu().double() for parts in (t, losses, norms))
+    seconds = time.time() - began  # now the GPU has done them
     overflow_is_fine = run.scaler.is_enabled()  # fp16 skips such a step and scales down
     for step, loss, norm in zip(steps, losses, norms, strict=True):
         if not (loss.isfinite().all() and (overflow_is_fine or norm.isfinite())):
@@ -510,6 +512,14 @@ def deferred_signals() -> Iterator[list[int]]:
     finally:
         for s, handler in zip(signals, before, strict=True):
             signal.signal(s, handler)
+
+
+def outlive_signals(worker: int) -> None:
+    """The same for a loader's process: it must not end before the step does. Ctrl-C passes it by;
+    SIGTERM, which also ends it when all is done, does so after 10 s."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
 
 
 def agree_to_stop(run: Run, step: int, caught: list[int]) -> bool:
@@ -549,6 +559,8 @@ class Log:
             for k, v in enumerate(value) if isinstance(value, list) else (("", value),):
                 if v is not None:
                     self.board.add_scalar(f"{name}/{k}".rstrip("/"), v, record["step"])
+        if self.board:
+            self.board.flush()
 
 
 def run_steps(run: Run, data: Pictures | Latents, pictures, done: int, ckpt: Path, about: dict):
@@ -558,7 +570,7 @@ def run_steps(run: Run, data: Pictures | Latents, pictures, done: int, ckpt: Pat
     loader = iter(DataLoader(
         Examples(data, args, run.config), batch_sampler=(batch[run.share] for batch in items),
         num_workers=args.workers, pin_memory=run.device.type == "cuda",
-        worker_init_fn=own_session,
+        worker_init_fn=outlive_signals,
     ))  # fmt: skip
     log = Log(ckpt.with_name("log.jsonl"), done, args.tensorboard) if first else None
     bar = tqdm(initial=done, total=args.steps, unit="step", mininterval=1, disable=not first)
@@ -579,15 +591,15 @@ def run_steps(run: Run, data: Pictures | Latents, pictures, done: int, ckpt: Pat
             log_now, save, keep, draw = (n > 0 and step % n == 0 for n in every)
             if not (log_now or save or keep or draw or last or stop):
                 continue
-            record = summarise(run, pending, time.time() - began, waited)
+            record = summarise(run, pending, began, waited)
             if first:
                 log.write(record)
                 rate = f"{record['images_per_s']:.0f} images/s"
                 bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate}")
+                if keep:  # first: a run killed in between repeats this step
+                    save_checkpoint(ckpt.with_name(f"ckpt-{step:07}.pt"), run, step, about)
                 if save or last or stop:
                     save_checkpoint(ckpt, run, step, about)
-                if keep:
-                    save_checkpoint(ckpt.with_name(f"ckpt-{step:07}.pt"), run, step, about)
                 if draw and not (last or stop):
                     spent = draw_samples(run, pictures, ckpt.with_name(f"samples-{step:07}.png"))
                     log.write({"step": step, "evaluations": spent})
@@ -615,8 +627,8 @@ RECORDED = (
 def train(args) -> None:
     """The whole run: data, model, steps; at the end, pictures of the loss and of samples."""
     ckpt, (rank, size) = Path(args.out) / "ckpt.pt", processes()
-    if args.resume and (args.overwrite or args.init):
-        raise UserError("--resume excludes --overwrite and --init; give one")
+    if args.resume and args.overwrite:
+        raise UserError("--resume excludes --overwrite; leave out one")
     if args.cache and args.vae == "none":
         raise UserError("--cache keeps latents; without --vae there are none")
     there = [ckpt.with_name(f) for f in WRITTEN if ckpt.with_name(f).exists()]
@@ -640,10 +652,9 @@ def train(args) -> None:
     about |= {"classes": pictures.classes, "pictures": len(pictures)}
     about |= {"codec": codec.name, "config": asdict(config)}
     done = resume(ckpt, run, about) if args.resume else 0
-    fresh = initialise(Path(args.init), run) if args.init else "none" if done else "all"
+    fresh = "nothing" if done else initialise(Path(args.init), run) if args.init else "all"
     if rank == 0:
-        for remains in ckpt.parent.glob(".*.tmp.*"):  # of a run killed while it wrote
-            remains.unlink()
+        remove_remains(ckpt.parent)
         weights = sum(p.numel() for p in run.model.parameters()) / 1e6
         print(f"{args.model}: {weights:.2f} M parameters, {config.num_tokens} tokens, ", end="")
         print(f"{size} x {run.device.type}; {len(pictures)} pictures in ", end="")
