@@ -125,6 +125,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def compare_note(note: Path, about: dict) -> None:
+    """Raises UserError if the note of an earlier run is there, and damaged or of another run."""
+    try:
+        then = json.loads(note.read_text()) if note.exists() else about
+    except ValueError:
+        raise UserError(f"{note} is damaged; remove {note.parent}") from None
+    differ = [key for key in about if then.get(key) != about[key]]
+    if differ:
+        advice = "repeat its flags, remove it or give another name"
+        raise UserError(f"{note.parent} is of another {differ[0]}; {advice}")
+
+
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raises UserError when `path` is a folder, or exists and may not be replaced."""
     if Path(path).is_dir() or (Path(path).exists() and not overwrite):
@@ -443,11 +455,7 @@ def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dic
     (rank, size), b = processes(), args.batch_size
     parts = Path(f"{args.npz or args.png_dir}.parts")
     how, note = describe(args, model, codec, classes, settings), parts / "how.json"
-    then = json.loads(note.read_text()) if note.exists() else how
-    differ = [name for name in how if then.get(name) != how[name]]
-    if differ:
-        advice = "repeat its flags or remove it"
-        raise UserError(f"{parts} has samples of another {differ[0]}; {advice}")
+    compare_note(note, how)
     starts = range(0, args.num, b)
     files = {first: parts / f"{first:06}.npy" for first in starts}
     missing = [first for first in starts if not files[first].exists()]

@@ -993,6 +993,11 @@ def test_a_set_of_samples_goes_on_after_a_kill_and_refuses_other_settings(
     assert run(sample, *flags) == 130 and not (tmp_path / "a.npz").exists()
     assert run(sample, *flags, "--seed", 1) == 2
     assert "another seed" in capfd.readouterr().err
+    note = tmp_path / "a.npz.parts/how.json"
+    whole = note.read_text()
+    note.write_text(whole[:9])
+    assert run(sample, *flags) == 2 and "how.json is damaged" in capfd.readouterr().err
+    note.write_text(whole)
     (tmp_path / "png").mkdir()
     (tmp_path / "png/.000001-1.0-7.tmp.png").write_bytes(b"of a kill")
     assert run(sample, *flags) == 0

@@ -45,9 +45,9 @@ from flow import keeps_prior, logit_normal, naive_loss, rectified_flow_loss
 from lem import ViTBlock
 from model import CONFIGS, Block, Config, DoD, UserError, count_macs
 from sample import (
-    Codec, Parser, at_least, draw_grid, fit_picture, generate, load_checkpoint, load_codec,
-    open_picture, pick_device, process_group, processes, remove_remains, replacing, run_command,
-    wait,
+    Codec, Parser, at_least, compare_note, draw_grid, fit_picture, generate, load_checkpoint,
+    load_codec, open_picture, pick_device, process_group, processes, remove_remains, replacing,
+    run_command, wait,
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------- data sets
@@ -208,11 +208,9 @@ def open_cache(folder: Path, pictures: Pictures, codec: Codec, workers: int) -> 
     about = {"vae": codec.name, "scaling_factor": codec.scale, "count": len(pictures)}
     about |= {"image_size": pictures.size, "classes": pictures.classes, "labels": labels}
     meta = folder / "meta.json"
-    then = json.loads(meta.read_text()) if meta.exists() else about
-    differ = [k for k in about if then.get(k) != about[k]]
-    if differ or (not meta.exists() and any(folder.glob("[!.]*"))):
-        what = f"another {differ[0]}" if differ else "files, but no meta.json"
-        raise UserError(f"--cache {folder} has {what}; give another folder")
+    compare_note(meta, about)
+    if not meta.exists() and any(folder.glob("[!.]*")):
+        raise UserError(f"--cache {folder} has files, but no meta.json; give another folder")
     files = [folder / f"{k:05}.npy" for k in range(-(-len(pictures) // Latents.PART))]
     missing = [k for k, file in enumerate(files) if not file.exists()]
     wait()  # all have looked before one begins to write
