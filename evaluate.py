@@ -5,7 +5,7 @@ a library (torch-fidelity), with the weights of all published FIDs. It knows Ima
 below 64 pixels a small CNN takes its place, trained on the training pictures, on its own scale.
 
 Samples are compared with held-out pictures or, where a guidance is to be chosen, with training
-pictures (--against). A table's first row is the floor: other training pictures, as many.
+pictures (--against). Fig. 4's first row is the floor: other training pictures, as many.
 Pictures are uint8 (n, channels, height, width); D features, K classes.
 
     python evaluate.py stages                   # Fig. 4, right, of the run in out/letters
@@ -395,7 +395,7 @@ def figure_4(args: argparse.Namespace) -> None:
     (real, y), (floor, floor_y) = first(compared, args.num), first(training, args.num)
     floor, floor_y = floor[: len(y)], floor_y[: len(y)]
     reference, rows, blocks = measure(real, network, args.against), [], [("real", real[:10])]
-    if args.command == "reconstruct":
+    if args.command == "reconstruct":  # CHOICE: of the posteriors' means
         prior, plans = codec.encode(real.to(model.cos.device)), [(w,) for w in args.cfg]
     else:
         later = (args.stages or (3 if model.config.N else 1)) - 1

@@ -4,7 +4,7 @@ A rectified flow (Liu et al., 2023) joins each data point x_0 to a noise point x
 line and learns the mean velocity v of the lines that pass through (x_t, t). Sampling follows v from
 noise back to data. Time: t = 0 is data, t = 1 is noise, so the solvers run from 1 to 0.
 
-Nothing here knows images or networks. A solver takes any `f(x, t, rows) -> dx/dt`:
+The solvers know neither images nor networks. They take any `f(x, t, rows) -> dx/dt`:
     x (b, ...) states, t (b,) times, rows (b,) which of the B states these are
 because with a step size per image, images finish at different times and leave the batch.
 
@@ -61,13 +61,13 @@ def keeps_prior(n: int, p_s: float) -> list[bool]:
 
 
 def rectified_flow_loss(model, x0, y, x1, t, keep: list[bool]) -> torch.Tensor:
-    """Eq. 3: |(x_1 - x_0) - v(x_t, t)|^2, the mean over an image's elements -> (B,), in fp32.
+    """Eq. 3: |(x_1 - x_0) - v(x_t, t)|^2 -> (B,), in fp32. CHOICE: the mean over an image's
+    elements, not their sum.
 
     x0, x1 (B, C, H, W) data and noise; y (B,) classes; t (B,) times; keep: keeps_prior(B, p_s).
     The images that keep their prior see LEM of their own clean latent x0; the others see S. The two
     groups pass the backbone apart: LEM runs only where it is used, and where S stands in, the
-    modulation is computed once per image instead of once per token (36 instead of 51 GMACs per
-    image for DoD-B, forward).
+    backbone is cheaper (DoD.forward).
     """
     x_t, v = interpolate(x0, x1, t), x1 - x0
     loss = torch.zeros(len(x0), device=x0.device)
@@ -97,8 +97,9 @@ def naive_loss(model, x0, y, x1, t, keep: list[bool]) -> torch.Tensor:
 
 
 def guide(v_c: torch.Tensor, v_u: torch.Tensor, w: float) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans, 2021): v = v_u + w (v_c - v_u), all channels alike.
+    """Classifier-free guidance (Ho & Salimans, 2021): v = v_u + w (v_c - v_u).
 
+    CHOICE: for all channels alike; SiT's code guides three of a latent's four.
     v_c sees the condition, v_u lacks it. w = 1 is no guidance; w < 1 raises ValueError.
     """
     if not w >= 1:
@@ -168,7 +169,7 @@ def first_step(f: Velocity, x, t, k1, rows, rtol: float, atol: float) -> torch.T
     """Hairer's first step (Hairer, Norsett & Wanner, Solving ODEs I, II.4): h (b,), 1 evaluation.
 
     h_0: an Euler step of this length changes x by 1%. It reveals the second derivative, and with it
-    h_1: a step of order 5 of this length errs by about 1% of the tolerance.
+    h_1: a step of this length, whose error is O(h^5), errs by about 1% of the tolerance.
     """
     scale = atol + rtol * x.abs()
     d0, d1 = rms(x / scale), rms(k1 / scale)
@@ -192,7 +193,8 @@ def dopri5(
     Every image has its own time and step size, as if it were alone: an image whose step is rejected
     retries it while the others advance, and a finished image leaves the batch. So the result does
     not depend on the batch, and equals SciPy's `RK45` run on that image (same norm, same factors).
-    CHOICE: the paper says "dopri5, same as SiT"; SiT's solver shares one step size in a batch.
+    CHOICE: the paper says "dopri5, same as SiT": so are the tolerances; but SiT's solver shares one
+    step size in a batch.
 
     Raises FloatingPointError when f is not finite or a step gets too small to advance t.
     """

@@ -132,7 +132,7 @@ class Attention(nn.Module):
     """Eq. 9: Softmax(1/sqrt(d_k) LN(Q) LN(K)^T) V per head, with 2-D RoPE after the LayerNorms.
 
     DEVIATION: the paper prints 1/d_k; FiTv2's scale, as every transformer's, is 1/sqrt(d_k).
-    CHOICE: its LN has no learned scale or shift.
+    CHOICE: its LN has no learned scale or shift, and RoPE comes after it.
     """
 
     def __init__(self, d: int, heads: int):
@@ -187,7 +187,7 @@ class Block(nn.Module):
     Eq. 10:  S^i = W^g c + W_2^i W_1^i c = [beta_1, beta_2, gamma_1, gamma_2, alpha_1, alpha_2]
 
     W^g is shared by all blocks and comes in as `global_S`; the block adds its own low-rank part.
-    beta shifts, gamma scales, alpha gates. DEVIATION: Eq. 10 omits the SiLU on c and the biases.
+    beta shifts, gamma scales, alpha gates. DEVIATION: Eq. 10 omits the SiLU on c.
     """
 
     def __init__(self, config: Config):
@@ -251,8 +251,8 @@ class DoD(nn.Module):
 
     def initialize(self) -> None:
         """Xavier-uniform linears, zero biases, N(0, 0.02) for the class table (as for S, L and M).
-        Zeros in all modulations and in the last layer: each block starts as the identity, and
-        v ≡ 0. CHOICE: as DiT, except that DiT's time MLP too starts from N(0, 0.02)."""
+        Zeros in all modulations and in the last layer: each backbone block starts as the identity,
+        and v ≡ 0. CHOICE: as DiT, but for the time MLP, which there starts from N(0, 0.02)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -270,7 +270,8 @@ class DoD(nn.Module):
     def visual_prior(self, z0: torch.Tensor) -> torch.Tensor:
         """e_s = LEM(z_0) of Eq. 5, brought to the backbone's width: (B, C, H, W) -> (B, T, d).
 
-        It does not depend on t: compute it once per stage, not once per evaluation.
+        It does not depend on t: compute it once per stage, not once per evaluation. From here on,
+        e_s means this one, of the backbone's width.
         """
         if not self.config.N:
             raise UserError("this model is a plain FiTv2 without LEM: it has stage 1 only")
@@ -376,7 +377,7 @@ def stage_parts(evaluations: float, has_prior: bool, guided: bool) -> dict[str, 
 
 
 def print_table_1() -> None:
-    """Table 1, with the baselines of Table 5."""
+    """Table 1, with the baselines of Tables 4 and 5 (FiTv2-B's count: Wang et al., 2024)."""
     print("Table 1: parameters, millions        backbone       LEM     total")
     paper = {"DoD-S": (27, 21), "DoD-B": (105, 86), "DoD-XL": (527, 86)}
     paper |= {"FiTv2-B": (128, 0), "FiTv2-XL": (671, 0)}

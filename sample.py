@@ -334,7 +334,8 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> DoD:
 
 def noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -> torch.Tensor:
     """z_1^i: standard normal (len(numbers), *shape), image n's a function of (seed, n, stage)."""
-    rngs = [np.random.default_rng((seed, 2, n, stage)) for n in numbers]  # 3: label()
+    # 2 keeps these streams of a seed apart from the others: 0 and 1 in train.py, 3 in label().
+    rngs = [np.random.default_rng((seed, 2, n, stage)) for n in numbers]
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
 

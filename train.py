@@ -101,7 +101,7 @@ def draw_letter(i: int, size: int) -> Image.Image:
     The class tells the letter. Its typeface, height, place, tilt (up to 20 degrees) and two colours
     are left for a visual prior to tell. Drawn four times too large, then box-filtered.
     """
-    rng, big, letter = np.random.default_rng((2411, i)), 4 * size, LETTERS[i % 10]  # any number
+    rng, big, letter = np.random.default_rng((2411, i)), 4 * size, LETTERS[i % 10]  # 2411: any
     font = typeface(TYPEFACES[rng.integers(22)], round(big * rng.uniform(0.75, 1.05)))
     box = np.reshape(font.getbbox(letter), (2, 2))
     corner = (big - box.sum(0)) / 2 + rng.uniform(-0.05, 0.05, 2) * big
@@ -771,7 +771,7 @@ def benchmark(args) -> None:
 
 # fmt: off
 DATA = {  # what --data changes in the defaults; a folder of pictures is as CIFAR-10
-    # cfg: of a scan against training pictures, not held-out ones, the best
+    # cfg of the letters: the best of a scan against training pictures, not held-out ones
     "letters": dict(image_size=16, channels=3, patch_size=4, flip=False, cfg=2.5),
     "digits": dict(image_size=8, channels=1, patch_size=2, flip=False, cfg=2),
     "mnist": dict(image_size=28, channels=1, patch_size=7, flip=False, cfg=2),
