@@ -508,7 +508,7 @@ def write_npz(path: Path, files: list[Path], y: np.ndarray) -> None:
     """Joins .npy files into arr_0 of an .npz, one at a time: 50,000 pictures are 9.8 GB."""
     first = np.load(files[0], mmap_mode="r")
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(y), *first.shape[1:])}
-    with zipfile.ZipFile(path, "w") as archive:
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             for file in files:
