@@ -556,7 +556,8 @@ def test_when_one_process_fails_all_end_and_its_message_comes_first(tmp_path):
     assert 'train.py", line' not in ended.stderr  # no traceback of ours; torchrun shows its own
 
 
-def test_sigterm_to_torchrun_stops_all_processes_soon_and_saves(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_stops_all_processes_soon_and_saves(number, tmp_path):
     flags = [*QUICK, "--steps", 10**6, "--workers", 1, "--log-every", 10**6]
     flags += ["--save-every", 10**6, "--out", tmp_path / "a"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -567,12 +568,18 @@ def test_sigterm_to_torchrun_stops_all_processes_soon_and_saves(tmp_path):
     while process.poll() is None and not re.search(r" [1-9]\d*/", (tmp_path / "err").read_text()):
         time.sleep(0.1)  # until it trains
     began = time.time()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.wait()
     text = (tmp_path / "err").read_text()
     assert time.time() - began < 25 and "Traceback" not in text.split("stopped after step")[0]
     step = sample.load_checkpoint(tmp_path / "a/ckpt.pt")["step"]
     assert step % 10 == 0 and f"stopped after step {step};" in text
+
+
+def test_more_processes_than_pictures_are_refused(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(train, "processes", lambda: (0, 9999))
+    assert run(train, *QUICK, "--out", tmp_path) == 2
+    assert "9999 processes for 1617 pictures; start fewer" in capfd.readouterr().err
 
 
 def test_processes_that_see_different_checkpoints_do_not_resume(trained, tmp_path):
@@ -742,6 +749,11 @@ def test_a_cache_is_encoded_by_all_processes_and_only_where_parts_are_missing(
         with pytest.raises(model.UserError, match="00000.npy"):  # that is process 0's
             train.open_cache(tmp_path / "shared", pictures, codec, 0)
         assert [file.name for file in (tmp_path / "shared").glob("*.npy")] == ["00001.npy"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.shutil, "disk_usage", lambda folder: Namespace(free=9999))
+        with pytest.raises(model.UserError, match="make room"):
+            train.open_cache(tmp_path / "none", pictures, codec, 0)
+        assert not [*(tmp_path / "none").iterdir()]
     encoded.clear()
     (tmp_path / "shared/.00002.0-7.tmp.npy").write_bytes(b"of a kill")
     shared = train.open_cache(tmp_path / "shared", pictures, codec, 0)
@@ -993,6 +1005,12 @@ def test_a_set_of_samples_goes_on_after_a_kill_and_refuses_other_settings(
     assert run(sample, *flags) == 130 and not (tmp_path / "a.npz").exists()
     assert run(sample, *flags, "--seed", 1) == 2
     assert "another seed" in capfd.readouterr().err
+    saved = sample.load_checkpoint(trained / "ckpt.pt")
+    saved["ema"] = {name: x + 1 for name, x in saved["ema"].items()}
+    torch.save(saved, tmp_path / "other.pt")
+    assert run(sample, "--ckpt", tmp_path / "other.pt", *flags[2:]) == 2
+    assert "another weights" in capfd.readouterr().err
+    (tmp_path / "other.pt").unlink()
     note = tmp_path / "a.npz.parts/how.json"
     whole = note.read_text()
     note.write_text(whole[:9])
