@@ -1,14 +1,15 @@
 """flow.py -- rectified flow: the path, the loss, guidance and two ODE solvers. Eqs. 1-4 and 11.
 
 A rectified flow (Liu et al., 2023) joins each data point x_0 to a noise point x_1 by a straight
-line and learns the mean velocity v of the lines that pass through (x_t, t). Sampling follows v from
-noise back to data. Time: t = 0 is data, t = 1 is noise, so the solvers run from 1 to 0.
+line and learns the mean velocity v of all lines that pass through (x_t, t). Sampling follows v from
+noise back to data. Time: t = 0 is data, t = 1 is noise, so the solvers run from 1 down to 0.
 
-The solvers know neither images nor networks. They take any `f(x, t, rows) -> dx/dt`:
-    x (b, ...) states, t (b,) times, rows (b,) which of the B states these are
-because with a step size per image, images finish at different times and leave the batch.
+The solvers know neither images nor networks. They take any function `f(x, t, rows) -> dx/dt`:
+    x (b, ...) states, t (b,) times, rows (b,) which of the B states these are.
+Rows are needed because each image has its own step size: images finish at different times, and
+those that have finished leave the batch.
 
-    python flow.py      # 2-D flow, exact velocity: trajectories, error against cost
+    python flow.py      # a 2-D flow of known velocity: paths, field, error against cost
 """
 
 import argparse
@@ -16,22 +17,21 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+# ----------------------------------------------------------------------- training: Eqs. 1, 3 and 11
+
+
 def expand(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(B,) -> (B, 1, ..., 1), to multiply x (B, ...)."""
+    """(B,) -> (B, 1, ..., 1), so that t broadcasts over x (B, ...)."""
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
-# ------------------------------------------------------------------------- training, Eqs. 1, 3, 11
-
-
 def interpolate(x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Eq. 1: x_t = alpha_t x_0 + beta_t x_1, rectified flow's alpha_t = 1 - t and beta_t = t.
+    """Eq. 1: x_t = alpha_t x_0 + beta_t x_1, for rectified flow alpha_t = 1 - t and beta_t = t.
 
     x0, x1 (B, ...) data and noise; t (B,) in [0, 1] -> x_t (B, ...). Its velocity is x_1 - x_0.
     """
@@ -39,100 +39,99 @@ def interpolate(x0: torch.Tensor, x1: torch.Tensor, t: torch.Tensor) -> torch.Te
     return (1 - t) * x0 + t * x1
 
 
-def logit_normal(n: int, rng: np.random.Generator | None = None) -> torch.Tensor:
-    """Eq. 11: n times t = sigmoid(u), u ~ N(0, 1), in (0, 1): most of them near the middle.
+def logit_normal(
+    n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Eq. 11: n times t = sigmoid(u), u ~ N(0, 1) -> (n,) in (0, 1), most of them near the middle.
 
-    DEVIATION: Eq. 11 prints t = log(u / (1 - u)), the logit: sigmoid's inverse, and not defined for
-    most normal u. "t is logit-normal" means that the logit of t is normal.
+    DEVIATION: Eq. 11 prints t = log(u / (1 - u)), the logit. That is the inverse of the sigmoid and
+    not even defined for most normal u; "t is logit-normal" means that the logit of t is normal.
     """
-    u = (rng or np.random.default_rng()).standard_normal(n, dtype=np.float32)
-    return torch.from_numpy(u).sigmoid()
+    u = torch.randn(n, generator=generator, device=device)
+    return u.sigmoid()
 
 
 def keeps_prior(n: int, p_s: float) -> list[bool]:
-    """Which of n positions in a batch keep their prior; exactly round(p_s n) get S (section 3.3).
+    """Which of the n positions of a batch keep their prior; round(p_s n) get S (section 3.3).
 
-    CHOICE: the paper drops each image's prior with probability p_s; we drop exactly that share.
-    Batches are pieces of a random permutation, so fixed positions are a random subset of the
-    images. They are spread evenly: each contiguous part of a batch (a process's share) drops its
-    p_s too, to within one image.
+    CHOICE: the paper drops the prior of each image with probability p_s; we drop exactly that share
+    of a batch. A batch is a piece of a random permutation, so fixed positions are a random subset
+    of the images. They are spread evenly: every contiguous part of a batch (the share of one GPU)
+    drops its own p_s, to within one image.
     """
-    return [round((i + 1) * p_s) == round(i * p_s) for i in range(n)]
+    # Position i loses its prior where the rounded number of dropped images, i p_s, goes up.
+    dropped_before = [round(i * p_s) for i in range(n + 1)]
+    return [dropped_before[i + 1] == dropped_before[i] for i in range(n)]
 
 
-def rectified_flow_loss(model, x0, y, x1, t, keep: list[bool]) -> torch.Tensor:
-    """Eq. 3: |(x_1 - x_0) - v(x_t, t)|^2 -> (B,), in fp32. CHOICE: the mean over an image's
-    elements, not their sum.
+def rectified_flow_loss(model, x0, y, x1, t, keep) -> torch.Tensor:
+    """Eq. 3: |(x_1 - x_0) - v(x_t, t)|^2 of each image -> (B,), in fp32.
 
-    x0, x1 (B, C, H, W) data and noise; y (B,) classes; t (B,) times; keep: keeps_prior(B, p_s).
-    The images that keep their prior see LEM of their own clean latent x0; the others see S. The two
-    groups pass the backbone apart: LEM runs only where it is used, and where S stands in, the
-    backbone is cheaper (DoD.forward).
+    x0, x1 (B, C, H, W) data and noise; y (B,) classes; t (B,) times; keep (k,) the rows of the
+    batch that keep their prior. `model` is a DoD, possibly inside DistributedDataParallel.
+    CHOICE: the square is averaged over an image's elements, not summed.
     """
-    x_t, v = interpolate(x0, x1, t), x1 - x0
-    loss = torch.zeros(len(x0), device=x0.device)
-    for group in (True, False):
-        rows = [i for i, kept in enumerate(keep) if kept == group]
-        if not rows:
-            continue
-        rows = torch.tensor(rows).to(x0.device, non_blocking=True)  # without waiting for the GPU
-        e_s = model.visual_prior(x0[rows]) if group else None
-        error = v[rows] - model(x_t[rows], t[rows], y[rows], e_s).float()
-        loss = loss.index_add(0, rows, error.square().flatten(1).mean(1))
-    return loss
+    # DistributedDataParallel wraps forward() only; S and LEM are reached through its `module`.
+    dod = getattr(model, "module", model)
+    x_t = interpolate(x0, x1, t)  # Eq. 1, (B, C, H, W)
+
+    # Section 3.3: the images in `keep` see LEM of their own clean latent, the others the sample
+    # token S. LEM runs only where it is used, the backbone once on the whole batch. If no image
+    # keeps its prior, e_s = None means S for all: one vector c for each image, which is cheaper.
+    e_s = None
+    if len(keep):
+        e_s = dod.S.expand(len(x0), dod.config.num_tokens, -1)  # (B, T, d)
+        e_s = e_s.index_copy(0, keep, dod.visual_prior(x0[keep]).to(e_s.dtype))
+
+    v = model(x_t, t, y, e_s)  # the velocity that the network predicts
+
+    # Under autocast the network answers in bf16 or fp16; the loss is computed in fp32.
+    return ((x1 - x0) - v.float()).square().flatten(1).mean(1)
 
 
-def naive_loss(model, x0, y, x1, t, keep: list[bool]) -> torch.Tensor:
-    """The same numbers as first written down: LEM on every image, c per token everywhere.
-
-    What rectified_flow_loss is tested and timed against.
-    """
-    e_s = model.visual_prior(x0)
-    keep = torch.tensor(keep, device=x0.device)[:, None, None]
-    v = model(interpolate(x0, x1, t), t, y, torch.where(keep, e_s, model.S.to(e_s.dtype)))
-    return (x1 - x0 - v.float()).square().flatten(1).mean(1)
+# --------------------------------------------------------------------------- sampling: Eqs. 2 and 4
 
 
-# ----------------------------------------------------------------------------- sampling, Eqs. 2, 4
-
-
-def guide(v_c: torch.Tensor, v_u: torch.Tensor, w: float) -> torch.Tensor:
+def guide(
+    v_c: torch.Tensor, v_u: torch.Tensor, w: float, channels: int | None = None
+) -> torch.Tensor:
     """Classifier-free guidance (Ho & Salimans, 2021): v = v_u + w (v_c - v_u).
 
-    CHOICE: for all channels alike; SiT's code guides three of a latent's four.
-    v_c sees the condition, v_u lacks it. w = 1 is no guidance; w < 1 raises ValueError.
+    v_c sees the condition, v_u does not; both (b, C, ...). w = 1 is no guidance; w < 1 raises
+    ValueError. CHOICE: all channels are guided alike; with `channels` only the first ones are, and
+    the others are those of v_c (SiT's and FiTv2's code guides three of a latent's four).
     """
     if not w >= 1:
         raise ValueError(f"guidance w = {w}; it must be at least 1 (1 = off)")
-    return v_u + w * (v_c - v_u)
+    v = v_u + w * (v_c - v_u)
+    if channels is not None:
+        v = torch.cat([v[:, :channels], v_c[:, channels:]], dim=1)
+    return v
 
 
 @torch.no_grad()
 def euler(f: Velocity, x1: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 4 with tau_i = i / steps: x <- x - v(x, tau) / steps, from t = 1 to t = 0.
 
-    x1 (B, ...) noise -> x0 (B, ...) and the evaluations spent on each image (B,): `steps`.
-    Raises ValueError for steps < 1, FloatingPointError when f is not finite.
+    x1 (B, ...) noise -> x0 (B, ...) and the evaluations of f spent on each image (B,): `steps`.
+    It never waits for a GPU, so it leaves checking that x0 is finite to the caller.
+    CHOICE: the grid of times is uniform. SiT's `num_steps` counts its points, one more than steps.
+    Raises ValueError for steps < 1.
     """
     if steps < 1:
         raise ValueError(f"{steps} Euler steps; at least 1 is needed")
-    x, rows = x1, torch.arange(len(x1), device=x1.device)
+    x = x1
+    rows = torch.arange(len(x1), device=x1.device)
     for i in range(steps, 0, -1):
         t = torch.full((len(x),), i / steps, dtype=x.dtype, device=x.device)
-        x = x - finite(f(x, t, rows), t) / steps
+        x = x - f(x, t, rows) / steps
     return x, torch.full((len(x),), steps)
 
 
-def finite(v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """v itself; raises FloatingPointError if it is not finite: no step size would mend that."""
-    if not torch.isfinite(v).all():
-        raise FloatingPointError(f"the velocity is not finite near t = {t.min().item():.4f}")
-    return v
-
-
-# RK45, or dopri5: the Runge-Kutta pair of Dormand & Prince (1980), orders 5 and 4. Nodes C, matrix
-# A, weights B of order 5, and E = B_hat - B, which turns a step's slopes k into an estimate of its
-# error. A's last row is B: the last slope is the next step's first ("first same as last", FSAL).
+# RK45, also called dopri5: the Runge-Kutta pair of Dormand & Prince (1980), of orders 5 and 4.
+# Nodes C, matrix A, and E = B_hat - B, which turns the slopes k of a step into an estimate of its
+# error. The last row of A holds the weights B of order 5, so the last slope of a step is the first
+# one of the next step ("first same as last", FSAL).
 C = [0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1]
 A = [
     [],
@@ -146,39 +145,58 @@ A = [
 E = [-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40]
 
 
-def rk45_step(f: Velocity, x, t, h, k1, rows):
-    """One Dormand-Prince step of length h (b,) down from t (b,), given k1 = f(x, t); 6 evaluations.
+def finite(v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """v itself. Raises FloatingPointError if it is not finite: no step size would mend that."""
+    if not torch.isfinite(v).all():
+        raise FloatingPointError(f"the velocity is not finite near t = {t.min().item():.4f}")
+    return v
 
-    -> x_new of order 5, its estimated error, and f(x_new, t - h), all (b, ...).
+
+def rk45_step(f: Velocity, x, t, h, k1, rows):
+    """One Dormand-Prince step of length h (b,) down from t (b,), given k1 = f(x, t).
+
+    -> x_new of order 5, its estimated error, and f(x_new, t - h), all (b, ...). 6 evaluations.
     """
-    h_x, k = expand(h, x).to(x), [k1]
+    # Seven slopes. Each is taken at a point that the earlier ones lead to; the last is x_new.
+    h_x = expand(h, x).to(x)
+    k = [k1]
     for c, row in zip(C[1:], A[1:], strict=True):
-        x_new = x - h_x * sum(a * k_j for a, k_j in zip(row, k, strict=True) if a)
-        t_new = (t - c * h).clamp(0, 1).to(x)  # rounding must not leave [0, 1]
+        slope = sum(a * k_j for a, k_j in zip(row, k, strict=True))
+        x_new = x - h_x * slope
+        t_new = (t - c * h).to(x)
         k.append(finite(f(x_new, t_new, rows), t_new))
-    return x_new, h_x * sum(e * k_j for e, k_j in zip(E, k, strict=True) if e), k[-1]
+
+    # The result of order 5 minus that of order 4; both come from the same slopes.
+    error = h_x * sum(e * k_j for e, k_j in zip(E, k, strict=True))
+    return x_new, error, k[-1]
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
-    """Root mean square of each image alone: (b, ...) -> (b,), double precision, on the CPU."""
-    x = x.flatten(1) if x.device.type == "mps" else x.flatten(1).double()  # MPS has none
+    """Root mean square of each image alone: (b, ...) -> (b,), in double precision, on the CPU."""
+    x = x.flatten(1)
+    if x.device.type != "mps":  # Apple's GPUs have no double precision
+        x = x.double()
     return x.square().mean(1).sqrt().cpu().double()
 
 
 def first_step(f: Velocity, x, t, k1, rows, rtol: float, atol: float) -> torch.Tensor:
-    """Hairer's first step (Hairer, Norsett & Wanner, Solving ODEs I, II.4): h (b,), 1 evaluation.
-
-    h_0: an Euler step of this length changes x by 1%. It reveals the second derivative, and with it
-    h_1: a step of this length, whose error is O(h^5), errs by about 1% of the tolerance.
-    """
+    """-> the length h (b,) of the first step (Hairer, Norsett & Wanner, Solving ODEs I, II.4)."""
+    # h0: an Euler step of this length changes x by 1%.
     scale = atol + rtol * x.abs()
-    d0, d1 = rms(x / scale), rms(k1 / scale)
-    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).minimum(t)
+    d0 = rms(x / scale)
+    d1 = rms(k1 / scale)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+    h0 = torch.minimum(h0, t)
+
+    # That step reveals the second derivative, d2.
     t_new = (t - h0).to(x)
     k2 = finite(f(x - expand(h0, x).to(x) * k1, t_new, rows), t_new)
     d2 = rms((k2 - k1) / scale) / h0
+
+    # h1: a step of this length, whose error is O(h^5), errs by about 1% of the tolerance.
     h1 = (0.01 / torch.maximum(d1, d2)) ** 0.2
-    h1 = torch.where((d1 <= 1e-15) & (d2 <= 1e-15), (h0 * 1e-3).clamp(min=1e-6), h1)
+    standstill = (d1 <= 1e-15) & (d2 <= 1e-15)
+    h1 = torch.where(standstill, (h0 * 1e-3).clamp(min=1e-6), h1)
     return torch.minimum(100 * h0, h1).minimum(t)
 
 
@@ -191,53 +209,63 @@ def dopri5(
     x1 (B, ...) noise -> x0 (B, ...) and the evaluations of f spent on each image (B,).
 
     Every image has its own time and step size, as if it were alone: an image whose step is rejected
-    retries it while the others advance, and a finished image leaves the batch. So the result does
-    not depend on the batch, and equals SciPy's `RK45` run on that image (same norm, same factors).
-    CHOICE: the paper says "dopri5, same as SiT": so are the tolerances; but SiT's solver shares one
-    step size in a batch.
+    tries again while the others advance, and an image that has finished leaves the batch. So the
+    result does not depend on the batch, and equals that of SciPy's `RK45` for each image (the same
+    norm and factors). CHOICE: the paper says "dopri5, same as SiT"; the tolerances are SiT's, but
+    SiT's solver shares one step size among the images of a batch.
 
-    Raises FloatingPointError when f is not finite or a step gets too small to advance t.
+    Raises FloatingPointError if f is not finite or a step becomes too small to advance t.
     """
-    x, t = x1.clone(), torch.ones(len(x1), dtype=torch.float64)  # the book-keeping is on the CPU
-    rows = torch.arange(len(x1))  # the images still running
-    k1 = finite(f(x, t.clone().to(x), rows.to(x.device)), t)
-    h = first_step(f, x, t, k1, rows.to(x.device), rtol, atol)
-    nfe, was_rejected = torch.full_like(rows, 2), torch.zeros_like(rows, dtype=torch.bool)
+    # Times and step lengths are kept in double precision, on the CPU. The solver overwrites its
+    # tensors in place, so it copies what it passes to f and what f returns.
+    device = x1.device
+    x = x1.clone()
+    t = torch.ones(len(x1), dtype=torch.float64)
+    rows = torch.arange(len(x1))  # the images that are still running
+    k1 = finite(f(x1, t.clone().to(x), rows.to(device)), t).clone()
+    h = first_step(f, x, t, k1, rows.to(device), rtol, atol)
+    nfe = torch.full_like(rows, 2)  # k1, and one evaluation in first_step
+    was_rejected = torch.zeros_like(rows, dtype=torch.bool)
 
     while len(rows):
-        # 1. The last step is cut to end at t = 0.
-        h_now, on_device = torch.minimum(h[rows], t[rows]), rows.to(x.device)
-        if not (h_now >= 10 * torch.finfo(t.dtype).eps * t[rows]).all():  # NaN is caught too
+        # 1. The last step is cut so that it ends at t = 0. (The negation also catches NaN.)
+        h_now = torch.minimum(h[rows], t[rows])
+        if not (h_now >= 10 * torch.finfo(t.dtype).eps * t[rows]).all():
             raise FloatingPointError(f"RK45's step is too small at t = {t[rows].min().item():.6f}")
 
         # 2. One attempt for each running image.
-        x_old = x[on_device]
-        x_new, error, k_new = rk45_step(f, x_old, t[rows], h_now, k1[on_device], on_device)
+        running = rows.to(device)
+        x_old = x[running]
+        x_new, error, k_new = rk45_step(f, x_old, t[rows], h_now, k1[running], running)
         nfe[rows] += 6
 
-        # 3. Its error in units of the tolerance: below 1 the step stands.
+        # 3. Its error in units of the tolerance; below 1 the step is accepted.
         ratio = rms(error / (atol + rtol * torch.maximum(x_old.abs(), x_new.abs())))
         accepted = ratio < 1
-        done, stands = rows[accepted], accepted.to(x.device)
-        x[done.to(x.device)], k1[done.to(x.device)] = x_new[stands], k_new[stands]
-        t[done] -= h_now[accepted]
+        advanced = rows[accepted]
+        x[advanced.to(device)] = x_new[accepted.to(device)]
+        k1[advanced.to(device)] = k_new[accepted.to(device)]
+        t[advanced] -= h_now[accepted]
 
-        # 4. The next step: the error is O(h^5), safety 0.9, and no growth right after a rejection.
+        # 4. The next step: the error is O(h^5), the safety factor 0.9, the change limited to a
+        # factor of 0.2 to 10, and there is no growth right after a rejection.
         factor = (0.9 * ratio.clamp(min=1e-30) ** -0.2).clamp(0.2, 10)
-        h[rows] = h_now * torch.where(was_rejected[rows], factor.clamp(max=1), factor)
+        factor = torch.where(was_rejected[rows], factor.clamp(max=1), factor)
+        h[rows] = h_now * factor
         was_rejected[rows] = ~accepted
         rows = rows[t[rows] > 0]
     return x, nfe
 
 
-# ------------------------------------------------------------------------------- the demonstration
+# -------------------------------------------------------------------------------- the demonstration
 
 
 def mixture_velocity(centres: torch.Tensor, sigma: float) -> Velocity:
     """The exact minimiser of Eq. 3, v(x, t) = E[x_1 - x_0 | x_t = x], for a mixture of Gaussians.
 
     centres (M, 2), standard deviation sigma. Given component m, x_t ~ N((1-t) c_m, s^2) with
-    s^2 = (1-t)^2 sigma^2 + t^2, and x_0, x_1 are linear in x; v is their mean over the components.
+    s^2 = (1-t)^2 sigma^2 + t^2, and E[x_1 - x_0] is linear in x. v is the mean of these over the
+    components, each weighted by P(m | x_t = x).
     """
 
     def f(x, t, rows):
@@ -251,44 +279,87 @@ def mixture_velocity(centres: torch.Tensor, sigma: float) -> Velocity:
     return f
 
 
+def draw_flow(f: Velocity, x1: torch.Tensor, exact: torch.Tensor, curves: dict):
+    """-> a figure: the paths from noise to data, the field v at t = 0.5, error against cost."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 5), layout="tight")
+    paths, field, costs = figure.subplots(1, 3)
+
+    # Left: 100 of the points on their way, recorded at each of 100 Euler steps.
+    visited = [x1]
+
+    def recording(x, t, rows):
+        visited.append(x)
+        return f(x, t, rows)
+
+    euler(recording, x1, 100)
+    lines = torch.stack([*visited, exact])[:, :100]  # (102, 100, 2)
+    paths.plot(lines[..., 0], lines[..., 1], color="0.8", linewidth=0.6, zorder=0)
+    paths.scatter(*x1.T, s=4, label="noise, t = 1")
+    paths.scatter(*exact.T, s=4, label="data, t = 0")
+    paths.set(title="Eq. 2: following v from noise to data", aspect="equal")
+    paths.legend()
+
+    # Middle: where v sends a point at half time. Sampling goes against v, so -v is drawn.
+    axis = torch.linspace(-3, 3, 21, dtype=x1.dtype)
+    places = torch.cartesian_prod(axis, axis)  # (441, 2)
+    v = f(places, torch.full((len(places),), 0.5, dtype=x1.dtype), None)
+    field.quiver(*places.T, *-v.T, color="0.4")
+    field.set(title="The field -v(x, t) at t = 0.5", aspect="equal")
+
+    # Right: the error that remains after a given number of evaluations.
+    for name, (cost, error) in curves.items():
+        costs.loglog(cost, error, "o-", label=name)
+    costs.set(title="Error against cost", xlabel="evaluations of v per point", ylabel="mean error")
+    costs.legend()
+    return figure
+
+
 def main(argv: list[str] | None = None) -> None:
     """Draws a 2-D rectified flow and prints both solvers' errors against the evaluations spent."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    help = "picture to write (default: %(default)s)"
-    parser.add_argument("--out", default="out/flow.png", help=help)
-    out = parser.parse_args(argv).out
-    from matplotlib.figure import Figure
+    parser.add_argument("--out", default="out/flow.png", help="picture (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    if out.suffix != ".png":
+        parser.exit(2, f"flow.py: error: --out {out} does not end in .png; try {out}.png\n")
+    if out.is_dir() or (out.exists() and not args.overwrite):
+        parser.exit(2, f"flow.py: error: {out} exists; give another --out, or --overwrite\n")
 
+    # The data: eight small Gaussians on a circle, so the exact velocity is known.
     angle = torch.arange(8, dtype=torch.float64) * math.tau / 8
-    f = mixture_velocity(torch.stack([angle.cos(), angle.sin()], 1) * 2, sigma=0.1)
-    x1 = torch.from_numpy(np.random.default_rng(0).standard_normal((512, 2)))
+    centres = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    f = mixture_velocity(centres, sigma=0.1)
+    noise = torch.Generator().manual_seed(0)
+    x1 = torch.randn(512, 2, dtype=torch.float64, generator=noise)
+
+    # The reference solution: tolerances far below all those compared here.
     exact, _ = dopri5(f, x1, rtol=1e-12, atol=1e-12)
-    tolerances = [10**-k for k in range(1, 9)]
-    curves = {
+
+    # Each solver from coarse to fine.
+    runs = {
         "Euler": [euler(f, x1, steps) for steps in (5, 10, 20, 40, 80, 160, 320)],
-        "RK45": [dopri5(f, x1, rtol=tol, atol=tol) for tol in tolerances],
+        "RK45": [dopri5(f, x1, rtol=10**-k, atol=10**-k) for k in range(1, 9)],
     }
-    figure = Figure(figsize=(11, 5), layout="tight")
-    left, right = figure.subplots(1, 2)
-    path = [x1]
-    euler(lambda x, t, rows: (path.append(x), f(x, t, rows))[1], x1, 100)
-    path = torch.stack([*path, exact])
-    left.plot(path[:, :100, 0], path[:, :100, 1], color="0.8", linewidth=0.6, zorder=0)
-    left.scatter(*x1.T, s=4, label="noise, t = 1")
-    left.scatter(*exact.T, s=4, label="data, t = 0")
-    left.set(title="Eq. 2: following v from noise to data", aspect="equal")
-    left.legend()
     print("solver   evaluations per point   mean error")
-    for name, runs in curves.items():
-        cost = [nfe.double().mean().item() for _, nfe in runs]
-        error = [(x - exact).norm(dim=1).mean().item() for x, _ in runs]
+    curves = {}
+    for name, results in runs.items():
+        cost = [nfe.double().mean().item() for _, nfe in results]
+        error = [(x - exact).norm(dim=1).mean().item() for x, _ in results]
+        curves[name] = (cost, error)
         for c, e in zip(cost, error, strict=True):
             print(f"{name:8} {c:21.1f}   {e:10.2e}")
-        right.loglog(cost, error, "o-", label=name)
-    right.set(title="Error against cost", xlabel="evaluations of v per point", ylabel="mean error")
-    right.legend()
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
+
+    # A picture that cannot be written is the user's to fix: one line, no traceback.
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure = draw_flow(f, x1, exact, curves)
+        with open(out, "wb" if args.overwrite else "xb") as file:  # x: fails if it exists by now
+            figure.savefig(file, format="png", dpi=100)
+    except OSError as error:
+        parser.exit(2, f"flow.py: error: cannot write {out}: {error.strerror}\n")
     print(f"wrote {out}")
 
 

@@ -1,15 +1,16 @@
 """lem.py -- the Latent Embedding Module: where the visual prior comes from. Section 3.2, Eqs. 6-7.
 
-A picture that conditions its own generation must not say too much: handed the whole latent, the
-diffusion model would merely copy it. LEM is the bottleneck between the two. Its encoder reads all
-patches of a latent z_0 and writes what matters into N short vectors; its decoder unfolds them into
-one condition vector per patch, which the backbone (model.py) adds to its class and time embeddings
-after a small MLP that brings it to the backbone's width.
+A picture that conditions its own generation must not say too much. If the diffusion model were
+handed the whole latent, it would simply copy it. LEM is the bottleneck between the two: its encoder
+reads all patches of a latent z_0 and writes what matters into N short vectors; its decoder unfolds
+those vectors into one condition vector for each patch, which the backbone (model.py) adds to its
+class and time embeddings.
 
     z_0 (B, C, H, W) --encode, Eq. 6--> L_hat (B, N, d_e) --decode, Eq. 7--> e_s (B, T, d_l)
 
 Both halves are plain vision transformers (Dosovitskiy et al., 2020). There is no reconstruction
-loss: the gradient of the rectified-flow loss, through e_s, alone teaches LEM what is worth keeping.
+loss: only the gradient of the rectified-flow loss, through e_s, teaches LEM what is worth keeping.
+`Patches`, at the end of the file, is the same module without a bottleneck, for comparison.
 
 Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens, d_l width of LEM,
 N latent tokens of d_e numbers each.
@@ -25,23 +26,28 @@ import torch.nn.functional as F
 def sincos_2d(dim: int, rows: int, columns: int) -> torch.Tensor:
     """PE of Eqs. 6-7: fixed 2-D sine-cosine position embedding -> (rows * columns, dim), row-major.
 
-    The first half of the channels encodes the row, the second the column, each as
+    The first half of the channels encodes the row, the second half the column, each of them as
     [sin(w_k i), cos(w_k i)] with w_k = 10000^(-4k / dim), k = 0 .. dim/4 - 1.
     Raises ValueError if dim is not a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"2-D sines and cosines need a width that is a multiple of 4, not {dim}")
     w = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+
+    # The column changes fastest, as in patchify: token k lies at (k // columns, k % columns).
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [i.reshape(-1, 1) * w for i in (row, column)]  # 2 x (rows * columns, dim / 4)
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+    row_angle = row.reshape(-1, 1) * w  # (rows * columns, dim / 4)
+    column_angle = column.reshape(-1, 1) * w
+    parts = [row_angle.sin(), row_angle.cos(), column_angle.sin(), column_angle.cos()]
+    return torch.cat(parts, dim=1).float()
 
 
 def patchify(x: torch.Tensor, p: int) -> torch.Tensor:
-    """Cuts (B, C, H, W) into T = (H/p)(W/p) patches -> (B, T, p * p * C), row-major."""
+    """Cuts (B, C, H, W) into T = (H/p)(W/p) patches, row by row -> (B, T, p * p * C)."""
     B, C, H, W = x.shape
     x = x.reshape(B, C, H // p, p, W // p, p)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
+    x = x.permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, C)
+    return x.reshape(B, (H // p) * (W // p), p * p * C)
 
 
 class ViTBlock(nn.Module):
@@ -50,15 +56,18 @@ class ViTBlock(nn.Module):
     def __init__(self, d_l: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(d_l, eps=1e-6), nn.LayerNorm(d_l, eps=1e-6)
-        self.qkv, self.proj = nn.Linear(d_l, 3 * d_l), nn.Linear(d_l, d_l)
+        self.norm1 = nn.LayerNorm(d_l, eps=1e-6)
+        self.qkv = nn.Linear(d_l, 3 * d_l)
+        self.proj = nn.Linear(d_l, d_l)
+        self.norm2 = nn.LayerNorm(d_l, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(d_l, 4 * d_l), nn.GELU(), nn.Linear(4 * d_l, d_l))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, n, d_l) -> (B, n, d_l) for a sequence of any length n."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, n, d_l / heads)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, n, d_l)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, n, d_l)
         x = x + self.proj(attended)
         return x + self.mlp(self.norm2(x))
 
@@ -69,7 +78,7 @@ class LEM(nn.Module):
     Eq. 6:  L_hat = Enc((e_p + PE) ⊕ L)        e_p: embedded patches of z_0, L: N learned tokens
     Eq. 7:  e_s   = Dec((M + PE) ⊕ L_hat)      M: one learned mask token, repeated for every patch
 
-    The defaults are DoD-B's (Table 1; N and d_e: sections 4.2 and 3.3).
+    The defaults are those of DoD-B (Table 1; for N and d_e see sections 4.2 and 3.3).
     """
 
     def __init__(
@@ -85,26 +94,29 @@ class LEM(nn.Module):
         d_e: int = 16,
     ):
         super().__init__()
-        self.p, self.N = p, N
         side = latent_size // p
+        self.p = p
         self.num_tokens = side * side
 
-        # Encoder, Eq. 6.
+        # The encoder of Eq. 6. Its last layer is the bottleneck: d_l numbers become d_e.
         self.patch_embed = nn.Linear(p * p * latent_channels, d_l)
         self.latent_tokens = nn.Parameter(torch.randn(N, d_l) * 0.02)  # L
         self.encoder = nn.Sequential(*[ViTBlock(d_l, heads) for _ in range(encoder_depth)])
+        # CHOICE: a LayerNorm ends the encoder and another one the decoder, as in ViT; the paper
+        # shows neither.
         self.encoder_norm = nn.LayerNorm(d_l, eps=1e-6)
-        self.to_d_e = nn.Linear(d_l, d_e)  # the bottleneck
+        self.to_d_e = nn.Linear(d_l, d_e)
 
-        # Decoder, Eq. 7.
+        # The decoder of Eq. 7. Its first layer brings the d_e numbers back to d_l.
         self.mask_token = nn.Parameter(torch.randn(d_e) * 0.02)  # M, shared by all patches
         self.from_d_e = nn.Linear(d_e, d_l)
         self.decoder = nn.Sequential(*[ViTBlock(d_l, heads) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(d_l, eps=1e-6)
-        # CHOICE: the paper names no output layer; Table 1's 86 M and Table 4's 24.6 include it.
+        # CHOICE: LEM ends in a linear layer that the paper does not mention; Table 1's 86 M and
+        # Table 4's 24.6 GFLOPs include it.
         self.head = nn.Linear(d_l, d_l)
 
-        # The frozen PE, in both widths: computed, so neither learned nor stored.
+        # The frozen PE in both widths. It is computed, so it is neither learned nor saved.
         self.register_buffer("pos_encoder", sincos_2d(d_l, side, side), persistent=False)
         self.register_buffer("pos_decoder", sincos_2d(d_e, side, side), persistent=False)
 
@@ -113,23 +125,51 @@ class LEM(nn.Module):
         e_p = self.patch_embed(patchify(z, self.p)) + self.pos_encoder  # (B, T, d_l)
         tokens = self.latent_tokens.expand(len(z), -1, -1).to(e_p.dtype)  # (B, N, d_l)
         x = self.encoder(torch.cat([e_p, tokens], dim=1))  # (B, T + N, d_l)
-        return self.to_d_e(self.encoder_norm(x[:, self.num_tokens :]))  # only the N tokens go on
+
+        # Only the latent tokens leave the encoder. What they do not hold is lost.
+        x = x[:, self.num_tokens :]  # (B, N, d_l)
+        return self.to_d_e(self.encoder_norm(x))
 
     def decode(self, l_hat: torch.Tensor) -> torch.Tensor:
         """Eq. 7, e_s = Dec((M + PE) ⊕ L_hat): (B, N, d_e) latent tokens -> (B, T, d_l)."""
         mask = (self.mask_token + self.pos_decoder).expand(len(l_hat), -1, -1)  # (B, T, d_e)
         x = self.from_d_e(torch.cat([mask.to(l_hat.dtype), l_hat], dim=1))  # (B, T + N, d_l)
-        x = self.decoder(x.to(mask.dtype))  # under autocast too the residual stream is fp32
-        return self.head(self.decoder_norm(x[:, : self.num_tokens]))  # only the patches come out
+        x = self.decoder(x.to(mask.dtype))  # the residual stream is fp32, under autocast too
+
+        # Only the patches leave the decoder: one condition vector for each token of the backbone.
+        x = x[:, : self.num_tokens]  # (B, T, d_l)
+        return self.head(self.decoder_norm(x))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """LEM(z_0) of Eq. 5: latents (B, C, H, W) -> (B, T, d_l), a condition vector per patch."""
+        """LEM(z_0) of Eq. 5: latents (B, C, H, W) -> (B, T, d_l), one condition vector a patch."""
         return self.decode(self.encode(z))
+
+
+class Patches(nn.Module):
+    """What LEM replaces, "directly using the generated latents as conditions" (section 1).
+
+    Every patch reaches the backbone whole, through a single linear layer. The model then learns to
+    copy its prior, so stage 2 only repeats stage 1. Try it: `train.py --prior-from patches`.
+    """
+
+    def __init__(self, latent_channels: int, p: int, d: int):
+        super().__init__()
+        self.p = p
+        self.embed = nn.Linear(p * p * latent_channels, d)
+
+    def encode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, H, W) -> their patches (B, T, p * p * C): nothing is left out."""
+        return patchify(z, self.p)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, H, W) -> (B, T, d), of the backbone's width."""
+        return self.embed(self.encode(z))
 
 
 def main() -> None:
     """Follows one DoD-B latent through the bottleneck."""
-    lem, z = LEM(), torch.randn(1, 4, 32, 32)
+    lem = LEM()
+    z = torch.randn(1, 4, 32, 32)
     with torch.no_grad():
         l_hat = lem.encode(z)
         e_s = lem.decode(l_hat)

@@ -1,19 +1,17 @@
-"""train.py -- data sets, latent cache and end-to-end training of DoD. Sections 3.3 and 4.1.
+"""train.py -- end-to-end training of DoD: the step, the data, the run. Sections 3.3 and 4.1.
 
 Backbone and LEM learn together, from real pictures alone: in training, a picture's own latent is
 its visual prior, and a share p_s of each batch gets the sample token S instead.
 
-All that is random about an image in training (order, flip, noises, time, dropped class) is a
-function of (seed, step, position in the global batch). So neither the number of processes nor
---grad-accum changes what is computed, and a resumed run needs no generator's state: on a CPU it
-equals an uninterrupted one bit for bit.
+Everything random is a function of (seed, step): it is drawn for the global batch, and each rank
+takes its share. So the number of GPUs and --grad-accum change a result by rounding only, and a
+resumed run needs no generator's state: on a CPU it equals an uninterrupted one bit for bit.
 
-    python train.py                                    # DoD-Ti, coloured letters; minutes on a CPU
-    python train.py --data digits                      # handwritten digits, part of scikit-learn
+    python train.py                                    # DoD-Ti on grey letters; minutes on a CPU
+    python train.py --prior-from patches               # the same without LEM: it copies its prior
     python train.py --data pictures/ --image-size 32   # yours: a folder of pictures for each class
-    python train.py --model DoD-B --batch-size 8 --benchmark
     torchrun --nproc-per-node 8 train.py --data imagenet/train --model DoD-B \\
-        --vae stabilityai/sd-vae-ft-ema --cache latents/
+        --vae stabilityai/sd-vae-ft-ema --cache latents
 """
 
 import argparse
@@ -21,826 +19,1101 @@ import copy
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from flow import keeps_prior, logit_normal, naive_loss, rectified_flow_loss
+from flow import keeps_prior, logit_normal, rectified_flow_loss
 from lem import ViTBlock
-from model import CONFIGS, Block, Config, DoD, UserError, count_macs
+from model import CONFIGS, Block, Config, DoD, UserError
 from sample import (
-    Codec, Parser, at_least, compare_note, draw_grid, fit_picture, generate, load_checkpoint,
-    load_codec, open_picture, pick_device, process_group, processes, remove_remains, replacing,
+    Codec, Parser, at_least, claim_folder, draw_grid, fit_picture, generate, load_checkpoint,
+    load_codec, locked, nonempty, open_picture, pick_device, process_group, processes, replacing,
     run_command, wait,
 )  # fmt: skip
 
-# --------------------------------------------------------------------------------------- data sets
+# ------------------------------------------------------------------- one step: sections 3.3 and 4.1
 
 
-class Pictures(Dataset):
-    """Labelled pictures: the i-th is source(rows[i]), made uint8 (channels, size, size)."""
+def draw_noise(seed, step, batch_size, config, class_dropout, generator):
+    """All that is random about the images of a step, for the global batch, on the training device.
 
-    def __init__(self, classes: list[str], labels, source: Callable, rows, size, channels):
-        self.classes, self.labels, self.rows = classes, np.asarray(labels)[rows], rows
-        self.source, self.size, self.channels = source, size, channels
-        self.in_memory = len(rows) * channels * size**2 < 2**30  # less than 1 GiB
-        self.seen = {}
+    -> x1 (B, C, H, W) noise; eps (B, C, H, W) for the VAE's posterior; t (B,) times; dropped (B,):
+    which images lose their class. A function of (seed, step): the generator is seeded anew.
+    """
+    # SeedSequence turns (seed, step) into one number that is unrelated to that of the next step.
+    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    generator.manual_seed(int(state[0]))
+    device = generator.device
+    shape = (batch_size, config.latent_channels, config.latent_size, config.latent_size)
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    # Drawn for the global batch, whatever share of it this rank has: all ranks draw the same.
+    x1 = torch.randn(shape, generator=generator, device=device)
+    eps = torch.randn(shape, generator=generator, device=device)
+    t = logit_normal(batch_size, generator, device)  # Eq. 11
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        picture = self.seen.get(i)
-        if picture is None:
-            picture = fit_picture(self.source(int(self.rows[i])), self.size, self.channels)
-            if self.in_memory:
-                self.seen[i] = picture
-        return picture, int(self.labels[i])
-
-    def view(self, i: int, flipped: bool) -> tuple[torch.Tensor, int]:
-        picture, y = self[i]
-        return picture.flip(-1) if flipped else picture, y
+    # CHOICE: a class is dropped with probability 0.1, whether or not the prior is; the paper names
+    # neither number nor rule.
+    dropped = torch.rand(batch_size, generator=generator, device=device) < class_dropout
+    return x1, eps, t, dropped
 
 
-# The letters' typefaces: the 22 for text among those that ship with matplotlib.
+def training_step(
+    network, ema, optimizer, scaler, batch, keep, step, dtype=None, ema_decay=0.999
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of this rank -> the loss of each image (b,) and the norm of the gradient ().
+
+    network: a DoD, possibly inside DistributedDataParallel; batch: x0, x1 (b, C, H, W) latents and
+    noise, t, y (b,) times and classes; keep[i]: which images of micro-batch i keep their prior, as
+    indices; dtype: that of autocast, or None. Nothing in it waits for the GPU.
+    """
+    x0, x1, t, y = batch
+    size = len(x0) // len(keep)  # of a micro-batch
+    losses = []
+    optimizer.zero_grad(set_to_none=True)
+    for i, rows in enumerate(keep):
+        micro = slice(i * size, (i + 1) * size)
+
+        # The gradients of the micro-batches add up. DistributedDataParallel averages them over the
+        # ranks once a step, in the last one.
+        network.require_backward_grad_sync = i == len(keep) - 1
+
+        # Eq. 3 trains backbone and LEM together: the prior of a picture is its own latent.
+        with torch.autocast(x0.device.type, dtype, enabled=dtype is not None):
+            loss = rectified_flow_loss(network, x0[micro], y[micro], x1[micro], t[micro], rows)
+
+        # Divided by the number of micro-batches, their sum is the mean over the whole batch.
+        scaler.scale(loss.mean() / len(keep)).backward()
+        losses.append(loss.detach())
+
+    # CHOICE: the gradient is clipped to norm 1; the paper names no clip. With fp16, the scaler
+    # skips a step whose gradient has overflowed.
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+
+    # What is sampled from, and reported, is the moving average of the weights.
+    update_ema(ema, network, step, ema_decay)
+    return torch.cat(losses), norm
+
+
+def prepare_batch(x, y, share, step, args, config, codec, generator) -> tuple:
+    """What training_step needs of this rank's images: x0, x1 (b, C, H, W), t, y (b,).
+
+    x uint8 pictures (b, channels, rows, columns), or the cached moments of their latents
+    (b, 2, C, H, W); y (b,) classes; share: this rank's part of the global batch, a slice.
+    """
+    device = generator.device
+    x = x.to(device, non_blocking=True)
+    y = y.to(device, non_blocking=True)
+
+    # This rank's share of the global batch's noise, times and dropped classes.
+    draws = draw_noise(args.seed, step, args.batch_size, config, args.class_dropout, generator)
+    x1, eps, t, dropped = [draw[share] for draw in draws]
+    y = torch.where(dropped, config.num_classes, y)  # the null class
+
+    # CHOICE: latents are samples of the VAE's posterior, as in SiT, and not its means.
+    if x.dtype == torch.uint8:
+        x0 = codec.encode(x, eps)
+    else:  # cached moments: mean and standard deviation
+        x0 = x[:, 0] + x[:, 1] * eps
+    return x0, x1, t, y
+
+
+@torch.no_grad()
+def update_ema(ema: DoD, network, step: int, decay: float = 0.999) -> None:
+    """ema <- decay ema + (1 - decay) weights, in fp32 (section 4.1).
+
+    CHOICE: step n uses min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten.
+    The paper prints a decay of 0.999; SiT's and FiTv2's code has 0.9999.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+
+
+# -------------------------------------------------------------------------------------- the letters
+
+# 22 typefaces for text among those that come with matplotlib.
 TYPEFACES = """
     DejaVuSans DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Oblique DejaVuSans-Bold
     DejaVuSans-BoldOblique DejaVuSansMono-Bold DejaVuSansMono-BoldOblique DejaVuSerif
     DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol
     STIXGeneralItalic STIXGeneralBolIta cmb10 cmmi10 cmr10 cmss10 cmti10 cmtt10
 """.split()
-LETTERS, BRIGHTNESS = "ABCDEFGHIJ", np.array([0.299, 0.587, 0.114])
+LETTERS = "ABCDEFGHIJ"
+LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 @lru_cache(maxsize=4096)
-def typeface(name: str, height: int) -> ImageFont.FreeTypeFont:
+def typeface(face: str, height: int) -> ImageFont.FreeTypeFont:
+    """A typeface of matplotlib's, `height` pixels high."""
     import matplotlib
 
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", height)
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{face}.ttf", height)
 
 
-def draw_letter(i: int, size: int) -> Image.Image:
-    """Letter number i, a function of i alone -> an RGB picture of size x size pixels.
+def draw_letter(i: int, size: int, channels: int) -> Image.Image:
+    """Letter number i, a function of i alone -> a picture of size x size pixels, grey or RGB.
 
-    The class tells the letter. Its typeface, height, place, tilt (up to 20 degrees) and two colours
-    are left for a visual prior to tell. Drawn four times too large, then box-filtered.
+    The class is the letter. Its typeface, height, place, tilt (up to 20 degrees) and the two greys
+    or colours are what only a visual prior can tell. Drawn four times too large, then box-filtered.
     """
-    rng, big, letter = np.random.default_rng((2411, i)), 4 * size, LETTERS[i % 10]  # 2411: any
+    rng = np.random.default_rng((2411, i))  # 2411: any number
+    letter = LETTERS[i % 10]
+    big = 4 * size
+
+    # Black on white: typeface, height, place, tilt.
     font = typeface(TYPEFACES[rng.integers(22)], round(big * rng.uniform(0.75, 1.05)))
+    # Its bounding box is centred, then moved by up to 5% in each direction.
     box = np.reshape(font.getbbox(letter), (2, 2))
     corner = (big - box.sum(0)) / 2 + rng.uniform(-0.05, 0.05, 2) * big
     ink = Image.new("L", (big, big))
     ImageDraw.Draw(ink).text(tuple(corner), letter, 255, font)
     ink = ink.rotate(rng.uniform(-20, 20), Image.BICUBIC).resize((size, size), Image.BOX)
-    front = back = np.zeros(3)
-    while abs((front - back) @ BRIGHTNESS) < 85:  # a contrast of a third of the scale
-        front, back = rng.uniform(0, 255, (2, 3))
-    picture = back + np.asarray(ink)[:, :, None] / 255 * (front - back)  # (size, size, 3)
-    return Image.fromarray(picture.round().astype(np.uint8))
+
+    # Two greys or colours with a contrast of at least a third of the scale.
+    # Pairs are drawn until one has it; colours are compared by their luminance.
+    weights = LUMINANCE if channels == 3 else np.ones(1)
+    front = back = np.zeros(channels)
+    while abs((front - back) @ weights) < 85:
+        front, back = rng.uniform(0, 255, (2, channels))
+    picture = back + np.asarray(ink)[:, :, None] / 255 * (front - back)  # (size, size, channels)
+    return Image.fromarray(picture.round().astype(np.uint8).squeeze())
 
 
-def picture_of(data, i: int) -> Image.Image:
-    return data[i][0]
+# ---------------------------------------------------------------------------------------- data sets
 
 
-def torchvision_data(name: str):
-    """CIFAR-10, MNIST (downloaded into data/ on first use) or a folder of class folders."""
-    from torchvision import datasets
+class Pictures(Dataset):
+    """Labelled pictures: the i-th is source(rows[i]), made uint8 (channels, size, size).
 
-    known = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST}
-    try:
-        if name in known:
-            return known[name]("data", download=True)
-        return datasets.ImageFolder(name, loader=open_picture)
-    except Exception as error:  # no such folder, no pictures in it; and whatever urllib raises
-        advice = "it must be a folder that holds a folder of pictures for each class"
-        if name in known:
-            advice = "the data set is not in data/ and cannot be downloaded; is there a network?"
-        raise UserError(f"--data {name}: {error}; {advice}") from None
-
-
-def load_data(name: str, size: int, channels: int, held_out: float) -> tuple[Pictures, Pictures]:
-    """-> training pictures and held-out pictures (the share `held_out`, at most 5,000).
-
-    name: letters, digits, cifar10, mnist, or a folder with one folder of pictures per class. The
-    split depends on the data alone, not on --seed. Raises UserError for data that cannot be used.
+    Item (i, flipped) -> the picture, mirrored if flipped, and its class. Kept in memory if all of
+    them together take less than 1 GiB.
     """
-    if name == "letters":
-        classes, labels = list(LETTERS), np.arange(25_000) % 10
-        source = partial(draw_letter, size=size)
-    elif name == "digits":
+
+    def __init__(self, classes: list[str], labels, source: Callable, rows, size, channels):
+        self.classes = classes
+        self.labels = np.asarray(labels)[rows]
+        self.source = source
+        self.rows = rows
+        self.size = size
+        self.channels = channels
+        self.in_memory = len(rows) * channels * size**2 < 2**30
+        self.seen = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    # The sampler decides about flips, not the data set: so they are a function of (seed, step).
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
+        i, flipped = item
+        picture = self.seen.get(i)
+        if picture is None:
+            picture = fit_picture(self.source(int(self.rows[i])), self.size, self.channels)
+            if self.in_memory:
+                self.seen[i] = picture
+        if flipped:
+            picture = picture.flip(-1)
+        return picture, int(self.labels[i])
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def scan_folder(root: Path) -> tuple[list[str], list[int], list[Path]]:
+    """A folder of pictures -> names of the classes, class and file of each picture.
+
+    Each folder directly in it is a class, with all pictures below; without such folders, the folder
+    itself is the only class. Hidden files and folders do not count. Prints what it left out in
+    those folders. Raises UserError.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data {root} is no folder, nor one of {', '.join(DATA)}")
+
+    # The classes, sorted: a file system lists folders in any order, and the checkpoint keeps this
+    # one.
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+    # The pictures of each. Setting `inner` tells os.walk where to go next, and in which order.
+    labels = []
+    files = []
+    left_out = Counter()
+    if names:
+        left_out["beside the class folders"] = sum(p.is_file() for p in root.glob("[!.]*"))
+    for k, class_name in enumerate(names or ["."]):
+        for folder, inner, found in os.walk(root / class_name, followlinks=True):
+            inner[:] = sorted(entry for entry in inner if not entry.startswith("."))
+            for file in sorted(found):
+                suffix = Path(file).suffix.lower()
+                if suffix not in SUFFIXES or file.startswith("."):
+                    left_out[suffix or file] += 1
+                    continue
+                labels.append(k)
+                files.append(Path(folder) / file)
+
+    # The user hears of files that are no pictures, GIFs for example. No class may be empty.
+    left_out = +left_out  # without the zeros
+    if left_out and processes()[0] == 0:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.most_common(5))
+        print(f"--data {root}: left out {kinds}; pictures end in {' '.join(SUFFIXES)}")
+    empty = set(range(len(names))) - set(labels)
+    if not files or empty:
+        where = root / names[min(empty)] if empty and files else root
+        raise UserError(f"there are no pictures in {where}; pictures end in {' '.join(SUFFIXES)}")
+    return names or ["pictures"], labels, files
+
+
+def load_data(data: str, size: int, channels: int, held_out: float):
+    """-> training pictures, held-out pictures (the share `held_out`, at most 5,000), fingerprint.
+
+    data: letters, digits, or a folder of pictures. The split depends on the data alone, not on
+    --seed. The fingerprint tells whether a later command sees the same data: names and sizes of all
+    files, and the content of at most 127 of them. Raises UserError for data that cannot be used.
+    """
+    # Class names, the class of each picture, and a function from its number to the picture.
+    files = []
+    if data == "letters":
+        classes = list(LETTERS)
+        labels = np.arange(25_000) % 10
+        source = partial(draw_letter, size=size, channels=channels)
+    elif data == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()  # 1,797 scans of 8 x 8 pixels, 0 .. 16
-        classes, labels = [str(k) for k in range(10)], digits.target
+        classes = [str(k) for k in range(10)]
+        labels = digits.target
         source = [Image.fromarray(np.uint8(scan * 255 / 16)) for scan in digits.images].__getitem__
     else:
-        rank, count = processes()
-        for turn in range(count) if name in DATA else [rank]:  # the first one may download it
-            if turn == rank:
-                data = torchvision_data(name)
-            wait()
-        classes, labels, source = data.classes, data.targets, partial(picture_of, data)
-    if len(classes) < 2:
-        raise UserError(f"--data {name} has the one class {classes[0]!r}; at least 2 are needed")
+        classes, labels, files = scan_folder(Path(data))
+        source = partial(open_numbered, files)
+
+    # The fingerprint. Reading a sample of the files is enough to notice another data set of the
+    # same names; reading all of ImageNet would take far too long.
+    digest = hashlib.sha256(json.dumps([classes, list(map(int, labels))]).encode())
+    for file in files:
+        digest.update(f"{file.relative_to(data)} {file.stat().st_size}\n".encode())
+    for file in files[:: max(1, len(files) // 64)]:
+        digest.update(file.read_bytes())
+
+    # The split: the first pictures of a fixed permutation are held out.
     order = np.random.default_rng(0).permutation(len(labels))
-    order = np.split(order, [min(round(held_out * len(labels)), 5000)])
-    if not len(order[1]):
-        raise UserError(f"--held-out {held_out} leaves none of {len(labels)} pictures to train on")
-    held, rest = (Pictures(classes, labels, source, rows, size, channels) for rows in order)
-    return rest, held
+    cut = min(round(held_out * len(labels)), 5000)
+    if cut == len(labels):
+        raise UserError(f"--held-out {held_out} leaves none of {cut} pictures to train on")
+    held = Pictures(classes, labels, source, order[:cut], size, channels)
+    rest = Pictures(classes, labels, source, order[cut:], size, channels)
+    return rest, held, digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------- latent cache
+def open_numbered(files: list[Path], i: int) -> Image.Image:
+    """The picture in file number i. Not a lambda: workers need a function that can be pickled."""
+    return open_picture(files[i])
+
+
+# ------------------------------------------------------------------------------------- latent cache
 
 
 class Latents(Dataset):
-    """Cached latents, in files of PART pictures each: (n, 2 flips, 2 moments, C, H, W), fp16.
+    """Cached latents, in shards of SHARD pictures: (n, 2 flips, 2 moments, C, H, W), fp16.
 
-    The moments are mean and standard deviation of the VAE's posterior: each use draws from it anew.
+    The moments are the mean and standard deviation of the VAE's posterior, from which each epoch
+    draws anew.
+    Item (i, flipped) -> moments (2, C, H, W) and class of picture i.
     """
 
-    PART = 8192  # 268 MB for 256 x 256 pictures
+    SHARD = 8192  # 268 MB for 256 x 256 pictures
 
     def __init__(self, files: list[Path], labels: np.ndarray):
-        self.labels, self.files = labels, files
+        self.files = files
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def view(self, i: int, flipped: bool) -> tuple[torch.Tensor, int]:
-        """Mean and standard deviation (2, C, H, W) of picture i's posterior, and its class."""
-        moments = mapped(self.files[i // self.PART])[i % self.PART, int(flipped)]
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
+        i, flipped = item
+        moments = open_shard(self.files[i // self.SHARD])[i % self.SHARD, int(flipped)]
         return torch.from_numpy(moments.astype(np.float32)), int(self.labels[i])
 
 
-@lru_cache(maxsize=256)  # in each process for itself: pickled, a map would be the whole file
-def mapped(file: Path) -> np.ndarray:
-    """A .npy file, memory-mapped."""
-    return np.load(file, mmap_mode="r")
+@lru_cache(maxsize=256)  # each worker opens its own: a pickled memory map would be the whole file
+def open_shard(file: Path) -> np.ndarray:
+    """A shard, memory-mapped. Raises UserError if it is damaged."""
+    try:
+        return np.load(file, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--cache: {file} is damaged ({error}); remove it") from None
 
 
-def open_cache(folder: Path, pictures: Pictures, codec: Codec, workers: int) -> Latents:
-    """--cache: the latents of these pictures in `folder`, encoded first where parts are missing.
+def open_cache(
+    folder: Path, pictures: Pictures, fingerprint: str, codec: Codec, workers: int
+) -> Latents:
+    """--cache: the latents of these pictures in `folder`; missing shards are encoded first.
 
-    meta.json says what they were made of, 00000.npy and so on are the parts. Every process encodes
-    its share of the missing ones; a part appears whole, so a run that was killed goes on with the
-    next. Raises UserError for a folder of other data, and for too small a disk.
+    Each rank encodes its share of them. A shard appears whole, so a run that was killed goes on
+    with the next one. Raises UserError for a folder of other latents and for a damaged shard.
     """
-    rank, size = processes()
-    labels = hashlib.sha256(pictures.labels.tobytes()).hexdigest()
-    about = {"vae": codec.name, "scaling_factor": codec.scale, "count": len(pictures)}
-    about |= {"image_size": pictures.size, "classes": pictures.classes, "labels": labels}
-    meta = folder / "meta.json"
-    compare_note(meta, about)
-    if not meta.exists() and any(folder.glob("[!.]*")):
-        raise UserError(f"--cache {folder} has files, but no meta.json; give another folder")
-    files = [folder / f"{k:05}.npy" for k in range(-(-len(pictures) // Latents.PART))]
-    missing = [k for k, file in enumerate(files) if not file.exists()]
-    wait()  # all have looked before one begins to write
-    if rank == 0:
-        remove_remains(folder)
-    wait()
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        one, free = codec.encode(pictures[0][0][None]).nbytes, shutil.disk_usage(folder).free
-        count = min(len(missing) * Latents.PART, len(pictures))
-        need = 2 * one * count  # 2 flips x 2 moments, half of fp32 each
-        sizes = f"{need / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free"
-        if need > free:
-            raise UserError(f"the latents need {sizes}; make room or give another --cache")
+    # The shards, and the note that says what they were made of.
+    rank, ranks = processes()
+    channels, side = codec.latent_shape(pictures.channels, pictures.size)
+    starts = range(0, len(pictures), Latents.SHARD)
+    files = [folder / f"{k:05}.npy" for k in range(len(starts))]
+    about = {
+        "vae": codec.fingerprint,
+        "scaling_factor": codec.scale,
+        "image_size": pictures.size,
+        "count": len(pictures),
+        "fingerprint": fingerprint,
+    }
+
+    # Another command may share the cache, but not while it is being filled.
+    with locked(folder):
         if rank == 0:
-            print(f"encoding {len(missing)} parts of the latents: {sizes}", flush=True)
-        with replacing(meta) as temporary:
-            temporary.write_text(json.dumps(about))
-        encode_parts({k: files[k] for k in missing[rank::size]}, pictures, codec, workers)
+            claim_folder(folder / "meta.json", about)
         wait()
-    for first, file in zip(range(0, len(pictures), Latents.PART), files, strict=True):
-        try:
-            if len(np.load(file, mmap_mode="r")) != min(Latents.PART, len(pictures) - first):
-                raise ValueError("too few latents, or too many")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--cache: {file} is damaged ({error}); remove it") from None
-    latents = Latents(files, pictures.labels)
-    for i in {0, len(pictures) // 2, len(pictures) - 1}:  # the same pictures, the same weights?
-        mean, _ = codec.moments(pictures[i][0][None])
-        if (mean[0].cpu() - latents.view(i, False)[0][0]).abs().mean() > 0.05:
-            raise UserError(f"--cache {folder}: latent {i} is of another picture or VAE; remove it")
-    return latents
+        missing = [k for k, file in enumerate(files) if not file.exists()]
+        wait()  # every rank has looked before any of them begins to write
+        if missing and rank == 0:
+            size = len(pictures) * 2 * 2 * channels * side**2 * 2  # flips, moments, bytes of fp16
+            free = shutil.disk_usage(folder).free
+            print(
+                f"encoding {len(missing)} of {len(files)} shards of latents in {folder}; ", end=""
+            )
+            print(f"all take {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", flush=True)
+
+        # Ranks take turns: with 8 of them, this one encodes every eighth of the missing shards.
+        for k in tqdm(missing[rank::ranks], unit="shard", disable=rank > 0 or not missing):
+            numbers = range(starts[k], min(starts[k] + Latents.SHARD, len(pictures)))
+            with replacing(files[k]) as temporary:
+                np.save(temporary, encode_shard(pictures, numbers, codec, workers))
+        wait()
+
+    # The header of a shard says what it holds; looking at it costs nothing.
+    for file, start in zip(files, starts, strict=True):
+        shape = (min(Latents.SHARD, len(pictures) - start), 2, 2, channels, side, side)
+        found = open_shard(file)
+        if found.shape != shape or found.dtype != np.float16:
+            raise UserError(f"--cache: {file} holds {found.shape}, not {shape}; remove it")
+    return Latents(files, pictures.labels)
 
 
-def encode_parts(files: dict[int, Path], pictures: Pictures, codec: Codec, workers: int) -> None:
-    """Writes part k of the latents to files[k], for each k."""
-    n, total, batch = Latents.PART, len(pictures), 64  # a divisor of PART
-    spans = [range(k * n, min((k + 1) * n, total)) for k in files]
-    subset = Subset(pictures, [i for span in spans for i in span])
-    loader = iter(DataLoader(subset, batch, num_workers=workers))
-    for file, span in zip(tqdm(files.values(), unit="part", disable=None), spans, strict=True):
-        rows = []
-        for images, _ in islice(loader, -(-len(span) // batch)):
-            flips = [torch.stack(codec.moments(x), 1).cpu() for x in (images, images.flip(-1))]
-            rows.append(torch.stack(flips, 1).half().numpy())  # (b, 2 flips, 2, C, H, W)
-        with replacing(file) as temporary, temporary.open("wb") as stream:
-            np.save(stream, np.concatenate(rows))
+def encode_shard(pictures: Pictures, numbers: range, codec: Codec, workers: int) -> np.ndarray:
+    """Pictures and their mirror images -> (n, 2 flips, 2 moments, C, H, W), fp16."""
+    # Mirrored here and not by the loader, so that each file is read only once.
+    items = [(i, False) for i in numbers]
+    moments = []
+    for images, _ in DataLoader(pictures, batch_size=64, sampler=items, num_workers=workers):
+        as_is = torch.stack(codec.moments(images), dim=1)  # (b, 2, C, H, W)
+        mirrored = torch.stack(codec.moments(images.flip(-1)), dim=1)
+        moments.append(torch.stack([as_is, mirrored], dim=1).half().cpu().numpy())
+    return np.concatenate(moments)
 
 
-# --------------------------------------------------------------------------------- random examples
+# ---------------------------------------------------------------------- which images, on which rank
 
 
-class Examples(Dataset):
-    """All that the loss needs of one image of one step. Item (step, position, i), of picture i:
+def batches(count: int, batch_size: int, seed: int, flip: bool, steps: range) -> Iterator[list]:
+    """The items (picture number, flipped) of the global batch, step after step.
 
-    picture uint8 (channels, size, size) or cached moments (2, C, H, W), flipped or not; eps
-    (C, H, W), for the posterior; x1 (C, H, W); y (); t (). Random by (seed, step, position).
-    CHOICE: classes are dropped with probability 0.1, whether or not the prior is (keeps_prior), and
-    pictures mirrored with 0.5; the paper names neither.
+    Step n takes places (n - 1) B to n B - 1 of an endless sequence of permutations; that of epoch e
+    is a function of (seed, e). CHOICE: pictures are mirrored with probability 0.5, by (seed, step).
     """
 
-    def __init__(self, data: Pictures | Latents, args: argparse.Namespace, config: Config):
-        self.data, self.args, self.null_class = data, args, config.num_classes
-        self.shape = (config.latent_channels, config.latent_size, config.latent_size)
-
-    def __getitem__(self, item: tuple[int, int, int]):
-        step, position, i = item
-        rng = np.random.default_rng((self.args.seed, 0, step, position))
-        flipped, unclassed = rng.random(2) < (0.5 * self.args.flip, self.args.class_dropout)
-        eps, x1 = torch.from_numpy(rng.standard_normal((2, *self.shape), np.float32))
-        x, y = self.data.view(i, flipped)
-        return x, eps, x1, self.null_class if unclassed else y, logit_normal(1, rng)[0]
-
-
-def batches(size: int, batch_size: int, seed: int, steps: range) -> Iterator[list[tuple]]:
-    """The items (step, position, picture number) of each step n: places (n - 1) B to n B - 1 of an
-    endless row of permutations, the e-th of which is a function of (seed, e)."""
-
+    # Two, because a batch may begin in one epoch and end in the next.
     @lru_cache(maxsize=2)
     def permutation(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, 1, epoch)).permutation(size)
+        return np.random.default_rng((seed, 1, epoch)).permutation(count)
 
     for step in steps:
         places = range((step - 1) * batch_size, step * batch_size)
-        numbers = [int(permutation(i // size)[i % size]) for i in places]
-        yield [(step, position, i) for position, i in enumerate(numbers)]
+        numbers = [int(permutation(place // count)[place % count]) for place in places]
+        flipped = np.random.default_rng((seed, 0, step)).random(batch_size) < 0.5
+        yield [(i, flip and bool(f)) for i, f in zip(numbers, flipped, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------- a run
+def divide_batch(batch_size: int, p_s: float, accum: int) -> tuple[slice, list[list[int]], bool]:
+    """How the global batch is divided: a contiguous share for a rank, in `accum` micro-batches.
 
-
-class Objective(nn.Module):
-    """The loss as one forward pass: what DistributedDataParallel wants to wrap."""
-
-    def __init__(self, model: DoD):
-        super().__init__()
-        self.model = model
-
-    def forward(self, loss_function: Callable, *parts) -> torch.Tensor:
-        return loss_function(self.model, *parts)
-
-
-class Run:
-    """Model, EMA and optimiser of a training run, and this process's share of each batch.
-
-    The first weights are a function of --seed. Raises UserError for a batch that cannot be shared.
+    -> this rank's share; keep[i]: which images of its micro-batch i keep their prior; and whether
+    some rank has a micro-batch without such an image. Raises UserError.
     """
-
-    def __init__(self, args: argparse.Namespace, config: Config, codec: Codec | None = None):
-        self.args, self.config, self.codec = args, config, codec or load_codec("none")
-        self.device, (self.rank, self.processes) = pick_device(args.device), processes()
-        self.share_batch()
-        torch.manual_seed(args.seed)
-        self.model = DoD(config).to(self.device)
-        self.model.grad_checkpoint = args.grad_checkpoint
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(  # section 4.1; CHOICE: betas, the usual ones
-            self.model.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0, fused=True
+    # Every micro-batch, on whatever rank, has the same size.
+    rank, ranks = processes()
+    size = batch_size // (ranks * accum)
+    if size * ranks * accum != batch_size:
+        what = (
+            f"--batch-size {batch_size} is not divisible by {ranks} ranks x {accum} micro-batches"
         )
-        self.set_precision()
-        if args.compile:
-            torch._dynamo.config.optimize_ddp = False  # it would cut graphs that are small already
-            for module in self.model.modules():  # block by block: the weights keep their names
-                if isinstance(module, (Block, ViTBlock)):
-                    module.compile(dynamic=False)
-        self.objective = Objective(self.model)
-        if self.processes > 1:
-            self.objective = nn.parallel.DistributedDataParallel(
-                self.objective, gradient_as_bucket_view=True,
-                find_unused_parameters=self.some_unused,
-            )  # fmt: skip
+        raise UserError(f"{what} (--grad-accum); change one of them")
 
-    def share_batch(self) -> None:
-        """--batch-size is that of all processes: each takes a contiguous share and, for
-        --grad-accum, cuts it into micro-batches. keep: in each of mine, who keeps the prior."""
-        B, accum = self.args.batch_size, self.args.grad_accum
-        if B % (self.processes * accum):
-            what = f"--batch-size {B} is not divisible by {self.processes} processes x {accum}"
-            raise UserError(f"{what} micro-batches (--grad-accum); change one of them")
-        micro = B // (self.processes * accum)
-        keep = keeps_prior(B, self.args.p_s)
-        keep = [keep[i : i + micro] for i in range(0, B, micro)]
-        self.share = slice(self.rank * micro * accum, (self.rank + 1) * micro * accum)
-        self.keep = keep[self.rank * accum : (self.rank + 1) * accum]
-        # Where a whole micro-batch keeps (or lacks) the prior, S (or LEM) gets no gradient there.
-        self.some_unused = bool(self.config.N) and any(all(k) or not any(k) for k in keep)
+    # Who keeps the prior is decided for the global batch: S and LEM must both be trained.
+    kept = keeps_prior(batch_size, p_s)
+    if 0 < p_s < 1 and len(set(kept)) == 1:
+        raise UserError(
+            f"--p-s {p_s} of --batch-size {batch_size} is all or none; raise the latter"
+        )
 
-    def set_precision(self) -> None:
-        """--precision; auto: on CUDA bf16, or fp16 where that is missing; else fp32. Weights,
-        residual stream, LayerNorms, softmax statistics and loss are fp32 in each."""
-        name, cuda = self.args.precision, self.device.type == "cuda"
-        if name == "auto":
-            bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-            name = "bf16" if bf16 else "fp16" if cuda else "fp32"
-        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "fp16")
-
-    def step(self, step: int, x, eps, x1, y, t, loss_function=rectified_flow_loss):
-        """Loss, gradient, AdamW, EMA -> loss of each of my images (b,), norm of the gradient ().
-
-        x: uint8 pictures or cached moments (b, 2, C, H, W); eps, x1 (b, C, H, W); y, t (b,).
-        """
-        x0 = self.latents(x, eps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * min(1, step / max(1, self.args.warmup))
-        self.optimizer.zero_grad(set_to_none=True)
-        losses, last = [], len(self.keep) - 1
-        parts = zip(*(part.chunk(last + 1) for part in (x0, y, x1, t)), self.keep, strict=True)
-        for i, micro_batch in enumerate(parts):
-            shared = self.processes > 1 and i < last  # gradients are averaged once, at the end
-            with self.objective.no_sync() if shared else nullcontext():
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    loss = self.objective(loss_function, *micro_batch)
-                self.scaler.scale(loss.mean() / (last + 1)).backward()
-            losses.append(loss.detach())
-        self.scaler.unscale_(self.optimizer)
-        # CHOICE: clipped at 1; the paper names no clip.
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)  # with fp16, not if the gradient overflowed
-        self.scaler.update()
-        ema_update(self.ema, self.model, step)
-        return torch.cat(losses), norm
-
-    def latents(self, x: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """uint8 pictures or cached moments (b, 2, C, H, W) -> samples of their posterior."""
-        if x.dtype == torch.uint8:
-            return self.codec.encode(x, eps)
-        return x[:, 0] + x[:, 1] * eps
-
-    def memory(self) -> float:
-        """The most memory that this process has held, GiB: on the GPU, else altogether."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    # Indices count from the start of each micro-batch. All ranks work out the whole list: DDP
+    # must know on every rank whether LEM goes unused on any.
+    starts = range(0, batch_size, size)
+    keep = [[i for i in range(size) if kept[start + i]] for start in starts]
+    share = slice(rank * accum * size, (rank + 1) * accum * size)
+    return share, keep[rank * accum : (rank + 1) * accum], not all(keep)
 
 
-@torch.no_grad()
-def ema_update(ema: DoD, model: DoD, step: int) -> None:
-    """ema <- decay ema + (1 - decay) model, in fp32, decay 0.999 (section 4.1).
+# -------------------------------------------------------------------------------------- checkpoints
 
-    CHOICE: step n uses min(0.999, (1 + n) / (10 + n)), so that the random start is soon forgotten.
-    """
-    decay = min(0.999, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-PARTS = "model", "ema", "optimizer", "scaler"
+# The flags on which the result of a run depends. A resumed run has to repeat them.
+RECORDED = """
+    image_size channels held_out batch_size lr warmup p_s class_dropout flip seed precision
+    ema_decay init
+""".split()
 
 
-def save_checkpoint(path: Path, run: Run, step: int, about: dict) -> None:
+def save_checkpoint(path: Path, parts: dict, about: dict, step: int) -> None:
     """Writes a plain dict of all that sampling and resuming need, under another name, then renames.
 
-    Raises UserError if it cannot be written (disk full); an earlier checkpoint is then intact.
+    parts: model, ema, optimizer, scaler. Raises UserError if it cannot be written (say, the disk is
+    full); an earlier checkpoint is then intact.
     """
-    state = {part: getattr(run, part).state_dict() for part in PARTS}
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save({"format": "dod-1", "step": step, **about, **state}, file)
+    states = {key: part.state_dict() for key, part in parts.items()}
+    with replacing(path) as temporary:
+        torch.save({"format": "dod-2", "step": step, **about, **states}, temporary)
 
 
-def resume(path: Path, run: Run, about: dict) -> int:
-    """Loads a checkpoint into `run` -> its step; 0 if there is none.
+def resume(path: Path, parts: dict, about: dict) -> int:
+    """Loads a checkpoint into the parts of a run -> its step; 0 if there is none.
 
-    Raises UserError if it is of another run, or not the same one for all processes.
+    Raises UserError if it is that of another run, damaged, or not the same for all ranks.
     """
-    saved = load_checkpoint(path) if path.exists() else None
-    step = saved["step"] if saved else 0
-    if run.processes > 1:
-        steps = torch.tensor([step, -step], device=run.device)
+    # Ranks on several machines may each see a file of their own.
+    saved = load_checkpoint(path) if path.exists() else {"step": 0}
+    if dist.is_initialized():
+        device = parts["model"].cos.device
+        # The largest step plus the largest -step is 0 if, and only if, all steps are equal.
+        steps = torch.tensor([saved["step"], -saved["step"]], device=device)
         dist.all_reduce(steps, dist.ReduceOp.MAX)
         if steps.sum() != 0:
-            raise UserError(f"not all processes see the same {path}; give them one --out to share")
-    if not saved:
+            raise UserError(f"not all ranks see the same {path}; give them one --out to share")
+    if not path.exists():
         return 0
-    free = {"config": None, "cfg": None}  # guidance is for sampling only
-    then, now = ({**facts, **facts["config"], **free} for facts in (saved, about))
-    differ = [f"{k} was {then.get(k)}, now {now[k]}" for k in now if now[k] != then.get(k)]
-    if differ:
-        raise UserError(f"cannot resume {path}: {differ[0]}; repeat the flags of the first run")
-    for part in PARTS:
-        getattr(run, part).load_state_dict(saved[part])
-    return step
+
+    # A resumed run must be the run that was started: compare every setting its result depends on.
+    # Data and VAE may have moved: their fingerprints are compared. cfg is for sampling only.
+    now = about | about["config"]
+    then = saved | saved["config"]
+    for key, value in now.items():
+        if key not in ("data", "codec", "config", "cfg") and then.get(key) != value:
+            was = f"--{key.replace('_', '-')} was {then.get(key)}, now {value}"
+            if key in ("fingerprint", "classes"):
+                was = "the pictures of --data are not those it was trained on"
+            if key == "vae":
+                was = "--vae is not the one it was trained with"
+            raise UserError(f"cannot resume {path}: {was}; repeat the flags of the first run")
+
+    # Model, EMA, optimizer and scaler go on exactly where they were.
+    for key, part in parts.items():
+        try:
+            part.load_state_dict(saved[key])
+        except Exception as error:  # missing, of another shape, not a state at all
+            raise UserError(f"cannot resume {path}: {key} is damaged ({error})") from None
+
+    # PyTorch does not compare AdamW's moments with the weights that they belong to.
+    for weights, moments in parts["optimizer"].state.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key not in moments or moments[key].shape != weights.shape:
+                raise UserError(f"cannot resume {path}: optimizer is damaged ({key})")
+    return saved["step"]
 
 
-def initialise(path: Path, run: Run) -> str:
-    """--init: the EMA weights of another run, where name and shape agree -> what stays fresh."""
-    saved, own = load_checkpoint(path)["ema"], run.model.state_dict()
-    fitting = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
+def initialize_from(path: str, model: DoD) -> None:
+    """--init: the EMA weights of another run, where name and shape agree. Says what stays fresh."""
+    saved = load_checkpoint(path)["ema"]
+    own = model.state_dict()
+    # Another number of classes, say, leaves the class table as it was drawn and keeps the rest.
+    fitting = {key: v for key, v in saved.items() if key in own and v.shape == own[key].shape}
     if not fitting:
         raise UserError(f"--init {path}: no tensor fits this model; choose its --model")
-    for model in (run.model, run.ema):
-        model.load_state_dict(own | fitting)
-    return ", ".join(name for name in own if name not in fitting) or "nothing"
+    model.load_state_dict(own | fitting)
+    fresh = ", ".join(key for key in own if key not in fitting) or "nothing"
+    if processes()[0] == 0:
+        print(f"--init {path}: fresh weights: {fresh}")
 
 
-# ----------------------------------------------------------------------------------------- the log
+# -------------------------------------------------------------------------------- log and pictures
 
 
-def summarise(run: Run, pending: list[tuple], began: float, waited: float) -> dict:
-    """A log record of the last steps, of all processes: loss, loss by quarter of t, and the rest.
+def summarise(pending: list[tuple], overflow_is_fine: bool) -> dict:
+    """A log record of the last steps, over all ranks: loss, loss by quarter of t, gradient norm.
 
-    pending: (step, t (b,), loss (b,), norm ()) of each. Read here, not in each step, so that a GPU
-    need not wait. began: time.time() before them; waited: seconds that they waited for data. Raises
-    FloatingPointError naming the first step whose loss is not finite.
+    pending: (step, t (b,), loss (b,), norm ()) of each. They are read here and not in each step, so
+    that a GPU need not wait. Raises FloatingPointError naming the first step that is not finite.
     """
     steps, t, losses, norms = zip(*pending, strict=True)
-    t, losses, norms = (torch.stack(parts).cpu().double() for parts in (t, losses, norms))
-    seconds = time.time() - began  # now the GPU has done them
-    overflow_is_fine = run.scaler.is_enabled()  # fp16 skips such a step and scales down
+    device = t[0].device
+    t = torch.stack(t).cpu().double()
+    losses = torch.stack(losses).cpu().double()
+    norms = torch.stack(norms).cpu().double()
+
+    # A gradient in fp16 may overflow: the scaler skips that step. A loss must always be finite.
     for step, loss, norm in zip(steps, losses, norms, strict=True):
         if not (loss.isfinite().all() and (overflow_is_fine or norm.isfinite())):
             raise FloatingPointError(f"the loss of step {step} (or its gradient) is not finite")
+
+    # Sums and counts by quarter of t, added up over the ranks.
     quarter = (4 * t.flatten()).long().clamp(max=3)
     sums = torch.zeros(4).double().index_add(0, quarter, losses.flatten())
-    totals = torch.cat([sums, quarter.bincount(minlength=4)])
-    if run.processes > 1:
-        dist.all_reduce(totals := totals.to(run.device))
-    sums, counts = totals[:4].tolist(), totals[4:].tolist()
+    totals = torch.stack([sums, quarter.bincount(minlength=4)])
+    if dist.is_initialized():
+        totals = totals.to(device)
+        dist.all_reduce(totals)
+    sums, counts = totals.tolist()
     return {
         "step": steps[-1],
         "loss": sum(sums) / sum(counts),
         "loss_by_time": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
         "grad_norm": norms[norms.isfinite()].mean().item(),
-        "images_per_s": sum(counts) / seconds,
-        "waiting_for_data": waited / seconds,  # a share
-        "memory_gib": run.memory(),
     }
 
 
-@contextmanager
-def deferred_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM only leave a note in the list, so that no step is left half done."""
-    caught, signals = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(s, lambda number, frame: caught.append(number)) for s in signals]
-    try:
-        yield caught
-    finally:
-        for s, handler in zip(signals, before, strict=True):
-            signal.signal(s, handler)
+def held_out_batch(pictures: Pictures, codec: Codec, args, config: Config) -> list | None:
+    """Up to 512 held-out pictures with fixed noise and times, as lists of 64; None without them."""
+    count = min(512, len(pictures))
+    if not count:
+        return None
+    device = pick_device(args.device)
+    # Training begins with step 1, so the draws of step 0 are free. No class is dropped.
+    draws = draw_noise(args.seed, 0, count, config, 0, torch.Generator(device))
+    x1, eps, t, _ = draws
+    images = torch.stack([pictures[i, False][0] for i in range(count)]).to(device)
+    y = torch.tensor(pictures.labels[:count], device=device)
+    keep = torch.tensor(keeps_prior(count, args.p_s), device=device)
+    # Five tensors, cut into pieces of 64 images -> for each piece, its five tensors.
+    parts = [part.split(64) for part in (codec.encode(images, eps), y, x1, t, keep)]
+    return list(zip(*parts, strict=True))
 
 
-def outlive_signals(worker: int) -> None:
-    """The same for a loader's process: it must not end before the step does. Ctrl-C passes it by;
-    SIGTERM, which also ends it when all is done, does so after 10 s."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
+@torch.no_grad()
+def held_out_loss(ema: DoD, batch: list) -> float:
+    """Eq. 3 of the EMA model on held-out pictures: rises when the model begins to overfit."""
+    losses = []
+    for x0, y, x1, t, keep in batch:
+        losses.append(rectified_flow_loss(ema, x0, y, x1, t, keep.nonzero().squeeze(1)))
+    return torch.cat(losses).mean().item()
 
 
-def agree_to_stop(run: Run, step: int, caught: list[int]) -> bool:
-    """Whether a signal has reached any process. Several agree on it at every tenth step: soon
-    enough for torchrun, which kills what is left of them after 30 s."""
-    if run.processes == 1:
-        return bool(caught)
-    if step % 10:
-        return False
-    count = torch.tensor(len(caught), device=run.device)
-    dist.all_reduce(count)
-    return count.item() > 0
+def read_log(path: Path) -> list[dict]:
+    """The whole records of a log; a line that a kill has cut off does not count."""
+    records = []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            # Adding 0 fails for all that is no number, and a record needs four losses by time.
+            record["step"] += 0
+            record["loss"] += 0
+            record["loss_by_time"][3]
+        except (ValueError, TypeError, LookupError):
+            continue
+        records.append(record)
+    return records
 
 
-class Log:
-    """log.jsonl and, with --tensorboard, TensorBoard's files; for process 0 alone.
+def open_log(path: Path, step: int, tensorboard: bool) -> Callable[[dict], None]:
+    """log.jsonl -> a function that writes a record; for rank 0 alone.
 
-    Records after `step` are cut off: those steps will come again.
+    Records after `step` are cut off: those steps will come again. Raises UserError.
     """
+    board = None
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard: first, pip install tensorboard") from None
+        board = SummaryWriter(path.with_name("tensorboard"), purge_step=step + 1)
 
-    def __init__(self, path: Path, step: int, tensorboard: bool):
-        records, self.board = path.read_text().splitlines() if step and path.exists() else [], None
-        whole = (r for r in records if r.endswith("}") and json.loads(r)["step"] <= step)
-        with replacing(path) as temporary:
-            temporary.write_text("".join(f"{r}\n" for r in whole))
-        self.file = path.open("a", buffering=1)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard: first, pip install tensorboard") from None
-            self.board = SummaryWriter(path.with_name("tensorboard"), purge_step=step + 1)
+    # The run may have logged steps after its last checkpoint: they will be taken again.
+    records = [record for record in read_log(path) if record["step"] <= step]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    file = path.open("a", buffering=1)
 
-    def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        for name, value in record.items() if self.board else ():
-            for k, v in enumerate(value) if isinstance(value, list) else (("", value),):
-                if v is not None:
-                    self.board.add_scalar(f"{name}/{k}".rstrip("/"), v, record["step"])
-        if self.board:
-            self.board.flush()
+    def write(record: dict) -> None:
+        file.write(json.dumps(record) + "\n")
+        # TensorBoard draws numbers only; the list of losses by time stays in log.jsonl.
+        for key, value in record.items():
+            if board and isinstance(value, float):
+                board.add_scalar(key, value, record["step"])
+                board.flush()
 
-
-def run_steps(run: Run, data: Pictures | Latents, pictures, done: int, ckpt: Path, about: dict):
-    """Steps done + 1 to --steps, or until a signal comes; logs and saves -> the last step done."""
-    args, pending, step, first = run.args, [], done, run.rank == 0
-    items = batches(len(data), args.batch_size, args.seed, range(done + 1, args.steps + 1))
-    loader = iter(DataLoader(
-        Examples(data, args, run.config), batch_sampler=(batch[run.share] for batch in items),
-        num_workers=args.workers, pin_memory=run.device.type == "cuda",
-        worker_init_fn=outlive_signals,
-    ))  # fmt: skip
-    log = Log(ckpt.with_name("log.jsonl"), done, args.tensorboard) if first else None
-    bar = tqdm(initial=done, total=args.steps, unit="step", mininterval=1, disable=not first)
-    began, waited = time.time(), 0.0
-    with deferred_signals() as caught, bar:
-        while step < args.steps:
-            asked, step = time.time(), step + 1
-            x, eps, x1, y, t = next(loader)
-            waited += time.time() - asked
-            if step == done + 1 and first:
-                check_scale(run, x, eps)
-            batch = (part.to(run.device, non_blocking=True) for part in (x, eps, x1, y, t))
-            pending.append((step, t, *run.step(step, *batch)))
-            bar.update()
-
-            last, stop = step == args.steps, agree_to_stop(run, step, caught)
-            every = args.log_every, args.save_every, args.keep_every, args.sample_every
-            log_now, save, keep, draw = (n > 0 and step % n == 0 for n in every)
-            if not (log_now or save or keep or draw or last or stop):
-                continue
-            record = summarise(run, pending, began, waited)
-            if first:
-                log.write(record)
-                rate = f"{record['images_per_s']:.0f} images/s"
-                bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate}")
-                if keep:  # first: a run killed in between repeats this step
-                    save_checkpoint(ckpt.with_name(f"ckpt-{step:07}.pt"), run, step, about)
-                if save or last or stop:
-                    save_checkpoint(ckpt, run, step, about)
-                if draw and not (last or stop):
-                    spent = draw_samples(run, pictures, ckpt.with_name(f"samples-{step:07}.png"))
-                    log.write({"step": step, "evaluations": spent})
-            if stop:
-                break
-            pending, began, waited = [], time.time(), 0.0
-    return step
-
-
-def check_scale(run: Run, x: torch.Tensor, eps: torch.Tensor) -> None:
-    """Warns if a VAE's latents are far from standard deviation 1, as the noise has it."""
-    std = run.latents(x.to(run.device), eps.to(run.device)).std().item()
-    if run.codec.name != "none" and not 0.5 < std < 2:
-        what = f"latents have a standard deviation of {std:.3g}, not about 1; is scaling_factor in"
-        print(f"warning: {what} the config.json of {run.codec.name} right?", file=sys.stderr)
-
-
-WRITTEN = "ckpt.pt", "log.jsonl", "loss.png", "samples.png"
-# The flags that a checkpoint records. A resumed run has to repeat them: its result depends on them.
-RECORDED = (
-    "data image_size channels held_out batch_size lr warmup p_s class_dropout flip seed precision"
-).split()
-
-
-def train(args) -> None:
-    """The whole run: data, model, steps; at the end, pictures of the loss and of samples."""
-    ckpt, (rank, size) = Path(args.out) / "ckpt.pt", processes()
-    if args.resume and args.overwrite:
-        raise UserError("--resume excludes --overwrite; leave out one")
-    if args.cache and args.vae == "none":
-        raise UserError("--cache keeps latents; without --vae there are none")
-    there = [ckpt.with_name(f) for f in WRITTEN if ckpt.with_name(f).exists()]
-    if there and not (args.resume or args.overwrite):
-        how = "--resume continues a run, --overwrite starts again; or give another --out"
-        raise UserError(f"{there[0]} exists; {how}")
-    pictures, held_out = load_data(args.data, args.image_size, args.channels, args.held_out)
-    if len(pictures) < size:
-        raise UserError(f"{size} processes for {len(pictures)} pictures; start fewer")
-    codec = load_codec(args.vae, pick_device(args.device))
-    channels, latent_size = codec.latent_shape(args.channels, args.image_size)
-    config = replace(
-        CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=latent_size,
-        latent_channels=channels, num_classes=len(pictures.classes), cfg=args.cfg,
-    )  # fmt: skip
-    data = pictures
-    if args.cache:
-        data = open_cache(Path(args.cache), pictures, codec, args.workers)
-    run = Run(args, config, codec)
-    about = {name: getattr(args, name) for name in RECORDED}
-    about |= {"classes": pictures.classes, "pictures": len(pictures)}
-    about |= {"codec": codec.name, "config": asdict(config)}
-    done = resume(ckpt, run, about) if args.resume else 0
-    fresh = "nothing" if done else initialise(Path(args.init), run) if args.init else "all"
-    if rank == 0:
-        remove_remains(ckpt.parent)
-        weights = sum(p.numel() for p in run.model.parameters()) / 1e6
-        print(f"{args.model}: {weights:.2f} M parameters, {config.num_tokens} tokens, ", end="")
-        print(f"{size} x {run.device.type}; {len(pictures)} pictures in ", end="")
-        print(f"{len(pictures.classes)} classes, {len(held_out)} held out; fresh weights: {fresh}")
-    try:
-        done = run_steps(run, data, pictures, done, ckpt, about)
-    except FloatingPointError as error:
-        kept = f"the last good checkpoint is {ckpt}" if ckpt.exists() else "nothing was saved yet"
-        raise UserError(f"{error}; {kept}; a lower --lr may help") from None
-    if done < args.steps:
-        if rank == 0:
-            print(f"stopped after step {done}; the same command with --resume continues")
-        wait()  # until it is saved: a process that ends makes torchrun end the others
-        sys.exit(130)
-    if rank == 0:
-        finish(run, pictures, ckpt)
-
-
-def finish(run: Run, pictures: Pictures, ckpt: Path) -> None:
-    """Draws the loss and samples, and says what can be done next."""
-    plot_log(ckpt.with_name("log.jsonl"), ckpt.with_name("loss.png"))
-    draw_samples(run, pictures, ckpt.with_name("samples.png"))
-    print(f"wrote {', '.join(WRITTEN)} into {ckpt.parent}. Next:")
-    print(f"  python sample.py --ckpt {ckpt} --seed 1 --out more.png")
-    if run.config.N:
-        print(f"  python sample.py --ckpt {ckpt} --prior YOUR_PICTURE.png --out variations.png")
-        print(f"  python evaluate.py stages --cfg-stage1 none --ckpt {ckpt}    # FID of each stage")
+    return write
 
 
 def plot_log(log: Path, out: Path) -> None:
-    """Draws the loss of log.jsonl, in all and by quarter of t."""
+    """Draws the loss of log.jsonl, in all, by quarter of t, and on held-out pictures."""
     from matplotlib.figure import Figure
 
-    records = [r for r in map(json.loads, log.read_text().splitlines()) if "loss" in r]
-    steps, figure = [r["step"] for r in records], Figure(figsize=(7, 4), layout="tight")
+    records = read_log(log)
+    steps = [record["step"] for record in records]
+    figure = Figure(figsize=(7, 4), layout="tight")
     axes = figure.subplots()
+
+    # Thin: the loss by quarter of t. It depends on t far more than on the progress of training,
+    # so the mean over all t, in black, hides much.
     for k in range(4):
-        losses = [r["loss_by_time"][k] for r in records]
+        losses = [record["loss_by_time"][k] for record in records]
         axes.plot(steps, losses, linewidth=0.7, label=f"{k / 4:g} ≤ t < {(k + 1) / 4:g}")
-    axes.plot(steps, [r["loss"] for r in records], "k", label="all t")
+    axes.plot(steps, [record["loss"] for record in records], "k", label="all t")
+
+    # Dashed: held-out pictures, measured only where a checkpoint was saved.
+    held_out = [record for record in records if "held_out_loss" in record]
+    steps = [record["step"] for record in held_out]
+    axes.plot(
+        steps, [record["held_out_loss"] for record in held_out], "ro--", label="held out, EMA"
+    )
     axes.set(title="Loss, Eq. 3", xlabel="step", yscale="log")
     axes.legend()
     with replacing(out) as temporary:
         figure.savefig(temporary, dpi=100)
 
 
-def draw_samples(run: Run, pictures: Pictures, out: Path, rows: int = 4) -> list[float]:
-    """Draws real pictures of (up to) ten classes, then the EMA model's samples of stages 1 to 3,
-    from the same noise each time -> evaluations per picture and stage."""
+def draw_samples(ema: DoD, codec: Codec, pictures: Pictures, seed: int, out: Path) -> None:
+    """Draws real pictures of up to ten classes, then stages 1 to 3, always from the same noise."""
     shown = np.unique(pictures.labels)[:10].tolist()
-    real = [np.resize(np.flatnonzero(pictures.labels == k), rows) for k in shown]  # may repeat
-    real = torch.stack([pictures[column[row]][0] for row in range(rows) for column in real])
-    y, stages, nfe = torch.tensor(shown * rows, device=run.device), 3 if run.config.N else 1, []
-    samples = generate(run.ema, y, stages, seed=run.args.seed, progress=True, nfe=nfe)
-    blocks = [("real", real)]
-    for i, z0 in enumerate(samples):
-        blocks.append((f"stage {i + 1}\nw = {run.config.cfg if i else 1:g}", run.codec.decode(z0)))
+    rows = 4
+
+    # A column for each class; one with fewer pictures than rows shows some of them again.
+    real = []
+    for row in range(rows):
+        for k in shown:
+            of_class = np.flatnonzero(pictures.labels == k)
+            real.append(pictures[int(of_class[row % len(of_class)]), False][0])
+
+    # Nothing but the weights changes from one such picture of a run to the next.
+    y = torch.tensor(shown * rows, device=ema.cos.device)
+    stages = 3 if ema.config.N else 1
+    blocks = [("real", torch.stack(real))]
+    for i, z0 in enumerate(generate(ema, y, stages, seed=seed, progress=True)):
+        w = ema.config.cfg if i else 1
+        blocks.append((f"stage {i + 1}\nw = {w:g}", codec.decode(z0)))
     with replacing(out) as temporary:
         draw_grid(blocks, [pictures.classes[k] for k in shown]).save(temporary)
-    return [n.double().mean().item() for n in nfe]
 
 
-# ------------------------------------------------------------------------------------------- speed
+# ------------------------------------------------------------------------------------------ signals
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def benchmark(args) -> None:
-    """Times our step against the naive one and against the device's own large matrix product.
+def catch_signals() -> list[int]:
+    """Ctrl-C, SIGTERM and SIGHUP only leave a note in the list: no step is left half done."""
+    caught = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: caught.append(number))
+    return caught
 
-    GMACs are those of Table 4: linear layers, one forward pass, per image; a training step costs
-    three. The calls take turns, so that a disturbance hits all; medians of five are printed. Under
-    torchrun, images/s are those of all processes, the matrix product that of one.
+
+def ignore_signals(worker: int) -> None:
+    """For the loader's workers: a signal for the run must not end them before the run has saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def agree_to_stop(step: int, caught: list[int], device: torch.device) -> bool:
+    """Whether a signal has reached any rank. The ranks agree on it at every tenth step: soon enough
+    for torchrun, which kills them after 30 s, and seldom enough not to slow the GPUs down."""
+    if not dist.is_initialized():
+        return bool(caught)
+    if step % 10:
+        return False
+    count = torch.tensor(len(caught), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
+
+
+# -------------------------------------------------------------------------------------------- a run
+
+WRITTEN = ("ckpt.pt", "log.jsonl", "loss.png", "samples.png")
+MILESTONES = "ckpt-*.pt"
+
+
+def claim_run(args: argparse.Namespace, ckpt: Path) -> None:
+    """Whether --out may be used, decided before anything in it is touched. Raises UserError."""
+    # Whatever a run writes may be an earlier run's, or the user's own: neither is replaced unasked.
+    there = [ckpt.with_name(file) for file in WRITTEN if ckpt.with_name(file).exists()]
+    there += sorted(ckpt.parent.glob(MILESTONES))
+    if args.resume and args.overwrite:
+        raise UserError("--resume excludes --overwrite; leave out one")
+    if there and not (args.resume or args.overwrite):
+        how = "--resume continues a run, --overwrite starts again; or give another --out"
+        raise UserError(f"{there[0]} exists; {how}")
+
+    # Resuming without a checkpoint would silently start from step 0 and wipe the log.
+    if there and args.resume and not ckpt.exists():
+        how = "copy a milestone there, or start again in another --out"
+        raise UserError(f"--resume: {there[0]} exists, but no {ckpt}; {how}")
+
+    # Another program's file of such a name stays: what is no checkpoint of ours ends the command.
+    for file in there:
+        if args.overwrite and file.suffix == ".pt":
+            load_checkpoint(file)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """auto: on CUDA bf16, or fp16 where that is missing (as on a T4); else fp32.
+
+    Weights, residual stream, LayerNorms, softmax statistics and loss are fp32 in each. CHOICE: the
+    paper does not say in which precision it was trained.
     """
-    config, B = CONFIGS[args.model], args.batch_size
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def compile_blocks(model: DoD, device: torch.device) -> None:
+    """--compile: block by block, so that the weights keep their names. UserError if it cannot."""
+    # Compilation is lazy. This trial shows at once, and not in the middle of the first step, that
+    # a compiler is missing.
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except Exception as error:  # no C++ compiler, no Triton
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile does not work here: {reason}") from None
+    torch._dynamo.config.optimize_ddp = False  # it would cut graphs that are small already
+    for module in model.modules():
+        if isinstance(module, (Block, ViTBlock)):
+            module.compile(dynamic=False)
+
+
+def fit_config(args: argparse.Namespace, classes: int, codec: Codec) -> Config:
+    """The preset of --model, adapted to the data and the flags.
+
+    Also sets --class-dropout and --p-s where they can have one value only.
+    """
+    channels, latent_size = codec.latent_shape(args.channels, args.image_size)
+    config = replace(
+        CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=latent_size,
+        latent_channels=channels, num_classes=classes, cfg=args.cfg, prior_from=args.prior_from,
+    )  # fmt: skip
+    if classes == 1:
+        args.class_dropout = 0.0  # unconditional: there is no class to drop
     if not config.N:
-        raise UserError(f"{args.model} has no prior to be benchmarked; choose a DoD model")
-    run, macs, share = Run(args, config), count_macs(config), sum(keeps_prior(B, args.p_s)) / B
-    with_prior = macs["lem"] + macs["e_s"]
-    cost = {"ours": share * with_prior + (1 - share) * macs["s"], "naive": with_prior}
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
-    b, randn = B // run.processes, partial(torch.randn, device=run.device)
-    batch = randn(b, 2, *shape), randn(b, *shape), randn(b, *shape), torch.arange(b) % 10
-    batch = [part.to(run.device) for part in (*batch, logit_normal(b))]
-    side = 8192 if run.device.type == "cuda" else 3072
-    matrix = torch.randn(side, side, device=run.device, dtype=run.dtype)
-    calls = {
-        "ours": lambda: run.step(1, *batch),
-        "naive": lambda: run.step(1, *batch, naive_loss),
-        "matrix": lambda: matrix @ matrix,
-    }
-    times = {name: [] for name in calls}
-    for name in [*calls] * 6:
-        began = time.perf_counter()
-        calls[name]()
-        if run.device.type != "cpu":
-            torch.accelerator.synchronize()
-        times[name].append(time.perf_counter() - began)
-    if run.rank > 0:
-        return
-    median = {name: np.median(times[name][1:]) for name in calls}  # the first warms up
-    peak = 2 * side**3 / median["matrix"]
-    print(f"{args.model}, batch {B}, {run.processes} x {run.device}, {matrix.dtype}; medians of 5")
-    print(f"matrix product {side} x {side}: {peak / 1e9:.0f} GFLOP/s, the whole of 'share'")
-    for name, count in cost.items():
-        flops = 3 * 2 * count * b / median[name]
-        print(
-            f"{name:6}{median[name]:8.3f} s/step {B / median[name]:9.2f} images/s "
-            f"{count / 1e9:7.2f} GMACs/image {flops / 1e9:9.0f} GFLOP/s   share {flops / peak:.0%}"
+        args.p_s = 1.0  # FiTv2: nobody has a prior
+    return config
+
+
+def build(args: argparse.Namespace, config: Config, device: torch.device) -> dict:
+    """-> model, ema, optimizer and scaler of a new run. The first weights are a function of --seed.
+
+    CHOICE: AdamW's betas are the usual ones; the paper names rate and weight decay (section 4.1).
+    """
+    torch.manual_seed(args.seed)
+    model = DoD(config).to(device)
+    if args.init:
+        initialize_from(args.init, model)
+    model.grad_checkpoint = args.grad_checkpoint
+
+    # The average starts as a copy of the weights; it is never trained itself.
+    ema = copy.deepcopy(model).requires_grad_(False)
+    weights = model.parameters()
+    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
+    # Only fp16 needs its loss scaled; the scaler of the others does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    return {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+
+
+def train(args: argparse.Namespace) -> None:
+    """The whole run: data, model, steps; at the end, pictures of the loss and of samples."""
+    rank, ranks = processes()
+    first = rank == 0
+    ckpt = Path(args.out) / "ckpt.pt"
+    device = pick_device(args.device)
+    args.precision = resolve_precision(args.precision, device)
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+
+    # Data, and the model that fits it.
+    size = (args.image_size, args.channels)
+    pictures, held_out, fingerprint = load_data(args.data, *size, args.held_out)
+    if len(pictures) < ranks:
+        raise UserError(f"{ranks} ranks for {len(pictures)} pictures; start fewer")
+    codec = load_codec(args.vae, device)
+    config = fit_config(args, len(pictures.classes), codec)
+    share, keep, some_without_prior = divide_batch(args.batch_size, args.p_s, args.grad_accum)
+    # Moved to the device once: in every step, the copy would have to wait for the GPU.
+    keep = [torch.tensor(rows, dtype=torch.long, device=device) for rows in keep]
+    data = pictures
+    if args.cache:
+        data = open_cache(Path(args.cache), pictures, fingerprint, codec, args.workers)
+
+    # Model, EMA, optimizer: new, or as they were in the checkpoint of this very run.
+    parts = build(args, config, device)
+    model = parts["model"]
+    ema = parts["ema"]
+    optimizer = parts["optimizer"]
+    scaler = parts["scaler"]
+
+    # What resume() compares, and what sampling and evaluating must know about the run.
+    about = {key: getattr(args, key) for key in RECORDED}
+    about |= {"data": args.data, "classes": pictures.classes, "fingerprint": fingerprint}
+    about |= {"codec": codec.name, "vae": codec.fingerprint, "config": asdict(config)}
+    done = resume(ckpt, parts, about) if args.resume else 0
+
+    # Several GPUs: gradients are averaged by DistributedDataParallel. The buffers are constants.
+    network = model
+    if args.compile:
+        compile_blocks(model, device)
+    if ranks > 1:
+        network = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True,
+            find_unused_parameters=bool(config.N) and some_without_prior,  # LEM's
+        )  # fmt: skip
+
+    # The loader carries pictures (or cached moments) and classes of this rank's share only.
+    steps = range(done + 1, args.steps + 1)
+    items = batches(len(data), args.batch_size, args.seed, args.flip, steps)
+    loader = DataLoader(
+        data, batch_sampler=(batch[share] for batch in items), num_workers=args.workers,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+    )  # fmt: skip
+
+    # Rank 0 speaks for all: on the screen, in the log, in the checkpoints.
+    log = None
+    held_out_parts = None
+    if first:
+        weights = sum(p.numel() for p in model.parameters()) / 1e6
+        counts = (
+            f"{len(pictures)} pictures in {config.num_classes} classes, {len(held_out)} held out"
         )
-    ratio = np.median(np.divide(times["ours"][1:], times["naive"][1:]))
-    print(f"ours / naive: {ratio:.3f} of the time, {cost['ours'] / cost['naive']:.3f} of the GMACs")
-    days = 1e6 * 256 / (B / median["ours"]) / 86400
-    print(f"memory {run.memory():.1f} GiB; the paper's 1M steps of 256: {days:,.0f} days like this")
+        print(f"{args.model}: {weights:.2f} M parameters, {config.num_tokens} tokens; {counts}")
+        if not done:
+            print("settings: " + ", ".join(f"{k} {v}" for k, v in sorted(vars(args).items())))
+            # The new run has a checkpoint before it has a log: a log without one is not ours. With
+            # --overwrite, this is where the old run goes, for no flag can be wrong any more.
+            save_checkpoint(ckpt, parts, about, 0)
+            for old in ckpt.parent.glob(MILESTONES):
+                old.unlink()
+        log = open_log(ckpt.with_name("log.jsonl"), done, args.tensorboard)
+        held_out_parts = held_out_batch(held_out, codec, args, config)
+
+    # From here on a signal no longer ends the process: it is for the loop to look at `caught`.
+    generator = torch.Generator(device)
+    caught = catch_signals()
+    loaded = iter(loader)
+    pending = []  # what the next record of the log will be made of
+    step = done
+    stop = False
+    began = time.time()
+    waited = 0.0
+    bar = tqdm(initial=done, total=args.steps, unit="step", mininterval=1, disable=not first)
+    try:
+        while step < args.steps and not stop:
+            step += 1
+            # The time spent waiting here tells whether the loader keeps up with the device.
+            asked = time.time()
+            x, y = next(loaded)
+            waited += time.time() - asked
+            batch = prepare_batch(x, y, share, step, args, config, codec, generator)
+            if first and step == done + 1:
+                check_scale(batch[0], codec)
+
+            # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1, step / max(1, args.warmup))
+            losses, norm = training_step(
+                network, ema, optimizer, scaler, batch, keep, step, dtype, args.ema_decay
+            )
+            pending.append((step, batch[2], losses, norm))
+            bar.update()
+
+            # Now and then: log, save, draw. Only then need the GPU have finished.
+            stop = agree_to_stop(step, caught, device)
+            last = stop or step == args.steps
+            save = last or step % args.save_every == 0
+            milestone = args.keep_every > 0 and step % args.keep_every == 0
+            draw = args.sample_every > 0 and step % args.sample_every == 0
+            if not (save or milestone or draw or step % args.log_every == 0):
+                continue
+
+            # The record is made by all ranks together, and written by rank 0.
+            record = summarise(pending, overflow_is_fine=scaler.is_enabled())
+            seconds = time.time() - began
+            record["images_per_s"] = len(pending) * args.batch_size / seconds
+            record["waiting_for_data"] = waited / seconds  # a share of the time
+            if device.type == "cuda":
+                record["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            if first:
+                if save and held_out_parts:
+                    record["held_out_loss"] = held_out_loss(ema, held_out_parts)
+                log(record)
+                bar.set_postfix_str(f"loss {record['loss']:.4f}")
+                if milestone:  # before ckpt.pt: a run killed in between repeats this step
+                    save_checkpoint(ckpt.with_name(f"ckpt-{step:07}.pt"), parts, about, step)
+                if save:
+                    save_checkpoint(ckpt, parts, about, step)
+                if draw:
+                    out = ckpt.with_name(f"samples-{step:07}.png")
+                    draw_samples(ema, codec, pictures, args.seed, out)
+
+            # The next interval. Saving and drawing do not count in its images per second.
+            pending = []
+            began = time.time()
+            waited = 0.0
+    except FloatingPointError as error:
+        kept = f"the last good checkpoint is {ckpt}"
+        raise UserError(f"{error}; {kept}; a lower --lr may help") from None
+    finally:
+        bar.close()
+        del loaded  # tells the loader's workers to end: they ignore signals
+
+    # Ended early, by a signal. The exit status is that of a program ended by Ctrl-C.
+    if stop and step < args.steps:
+        if first:
+            print(f"stopped after step {step}; the same command with --resume continues")
+        wait()  # until rank 0 has saved: a rank that ends makes torchrun end the others
+        sys.exit(130)
+
+    # Ended as planned.
+    if first:
+        plot_log(ckpt.with_name("log.jsonl"), ckpt.with_name("loss.png"))
+        draw_samples(ema, codec, pictures, args.seed, ckpt.with_name("samples.png"))
+        print(f"wrote {', '.join(WRITTEN)} into {ckpt.parent}. Next:")
+        print(f"  python sample.py --ckpt {ckpt} --seed 1 --out more.png")
+        print(f"  python evaluate.py stages --ckpt {ckpt}    # FID of each stage")
 
 
-# ------------------------------------------------------------------------------------- the command
+def check_scale(x0: torch.Tensor, codec: Codec) -> None:
+    """Warns if a VAE's latents are far from standard deviation 1, which is that of the noise."""
+    std = x0.std().item()
+    if codec.name != "none" and not 0.5 < std < 2:
+        what = f"latents have a standard deviation of {std:.3g}, not about 1; is scaling_factor in"
+        print(f"warning: {what} the config.json of {codec.name} right?", file=sys.stderr)
 
-# fmt: off
-DATA = {  # what --data changes in the defaults; a folder of pictures is as CIFAR-10
+
+# ------------------------------------------------------------------------------------------ command
+
+# What --data changes in the defaults. FOLDER serves any folder of pictures.
+DATA = {
     # cfg of the letters: the best of a scan against training pictures, not held-out ones
-    "letters": dict(image_size=16, channels=3, patch_size=4, flip=False, cfg=2.5),
-    "digits": dict(image_size=8, channels=1, patch_size=2, flip=False, cfg=2),
-    "mnist": dict(image_size=28, channels=1, patch_size=7, flip=False, cfg=2),
-    "cifar10": dict(image_size=32, channels=3, patch_size=4, flip=True, cfg=3.5),
+    "letters": dict(image_size=16, channels=1, patch_size=4, flip=False, cfg=2.0),
+    "digits": dict(image_size=8, channels=1, patch_size=2, flip=False, cfg=2.0),
 }
+FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, cfg=3.5)
 IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, cfg=5.5)  # with --vae
-# CHOICE: DoD-Ti learns at 20 times the paper's rate. Without the warm-up LEM then died in our runs:
-# e_s became the same for all pictures, and the loss with a prior the same as without.
-SMALL = dict(batch_size=64, lr=2e-3, warmup=300, steps=2500, save_every=1000)
-PAPER = dict(batch_size=256, lr=1e-4, warmup=0, steps=400_000, save_every=10_000)  # section 4.1
+# CHOICE: DoD-Ti learns at 20 times the paper's rate, after a warm-up. Without the warm-up LEM died
+# in our runs: e_s became the same for all pictures, and the loss with a prior the same as without.
+SMALL = dict(batch_size=64, lr=2e-3, warmup=300, steps=2500, save_every=500)
+# Batch size and rate are those of section 4.1, the 400,000 steps those of section 4.2.
+# CHOICE: no warm-up, for the paper says that the rate is constant; FiTv2's code has one (--warmup).
+PAPER = dict(batch_size=256, lr=1e-4, warmup=0, steps=400_000, save_every=10_000)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags; the defaults depend on --data, --vae, --model; --help shows those in force."""
-    parser = Parser("Trains DoD. The defaults shown are those for this --data, --vae and --model.")
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    share, natural, count = at_least(float, 0, 1), at_least(int, 1), at_least(int, 0)
-    add("--data", default="letters", help="letters, digits, mnist, cifar10 or a folder of folders")
-    add("--vae", default="none", help="Stable Diffusion's, of diffusers: hub name or folder")
-    add("--cache", help="folder for latents, encoded once, with --vae")
+    """The flags. Those whose default is None get it from the tables above. Raises UserError."""
+    parser = Parser(description="Trains DoD. Defaults of None depend on --data, --vae and --model.")
+    add = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    share = at_least(float, 0, 1)
+    natural = at_least(int, 1)
+    count = at_least(int, 0)
+    # fmt: off
+    add("--data", type=nonempty, default="letters", help="letters, digits or a folder of pictures")
+    add("--vae", type=nonempty, default="none", help="Stable Diffusion's: hub name or folder")
+    add("--cache", type=nonempty, help="folder for latents, encoded once, with --vae")
+
+    # The model, and where the run is kept.
     add("--model", default="DoD-Ti", choices=CONFIGS, help="preset; -Ti are for a CPU")
-    add("--out", help="folder of the run")
+    add("--out", type=nonempty, help="folder of the run; None: out/ and the name of the data")
     add("--resume", action=switch, default=False, help="continue the run in --out, if any")
     add("--overwrite", action=switch, default=False, help="replace the run in --out")
-    add("--init", help="checkpoint whose EMA weights to start from, where they fit")
-    add("--image-size", type=natural, help="pixels; pictures are resized and centre-cropped")
+    add("--init", type=nonempty, help="checkpoint whose EMA weights to start from, where they fit")
+
+    # Its shape. What is not given comes from the preset and from the data.
+    add("--image-size", type=natural, help="pixels; pictures are cropped and resized")
     add("--channels", type=int, choices=[1, 3], help="1: grey, 3: RGB")
-    add("--patch-size", type=natural, help="p, pixels or places of the latent")
+    add("--patch-size", type=natural, help="p, in pixels; with --vae, in the latent")
     add("--latent-tokens", type=count, help="N, Table 2; 0: no LEM (FiTv2)")
+    add("--prior-from", choices=["lem", "patches"], default="lem", help="patches: no compression")
     add("--flip", action=switch, help="mirror pictures at random")
-    add("--held-out", type=at_least(float, 0, 0.9), default=0.1, help="share, up to 5000")
+    add("--held-out", type=at_least(float, 0, 0.9), default=0.1, help="share, up to 5000 pictures")
+
+    # The training itself, sections 3.3 and 4.1.
     add("--steps", type=natural, help="training steps")
-    add("--batch-size", type=natural, help="pictures per step, of all processes together")
-    add("--grad-accum", type=natural, default=1, help="micro-batches of a step, in turn")
+    add("--batch-size", type=natural, help="pictures a step, of all ranks together")
+    add("--grad-accum", type=natural, default=1, help="micro-batches of a step, one after another")
     add("--lr", type=at_least(float, 0), help="AdamW's constant learning rate")
-    add("--warmup", type=count, help="steps over which the rate first grows")
+    add("--warmup", type=count, help="first steps, over which the rate grows")
+    add("--ema-decay", type=share, default=0.999, help="of the weights that are sampled from")
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
     add("--class-dropout", type=share, default=0.1, help="probability of the null class")
-    add("--cfg", type=at_least(float, 1), help="the model's guidance where sampling names none")
-    add("--seed", type=at_least(int, 0, 2**63), default=0, help="same seed, same run")
+    add("--cfg", type=at_least(float, 1), help="guidance scale where sampling names none")
+    add("--seed", type=at_least(int, 0, 2**63), default=0, help="the same seed, the same run")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto",
-        help="autocast; auto: bf16 or fp16 on CUDA, else fp32")
+        help="of autocast; auto: bf16 or fp16 on CUDA, else fp32")
+
+    # How it is carried out: these change the result by rounding at most.
     add("--compile", action=switch, default=False, help="torch.compile")
     add("--grad-checkpoint", action=switch, default=False, help="less memory, a third slower")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--workers", type=count, default=0, help="processes that load pictures, for each process")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--workers", type=count, default=0, help="processes that load pictures, for each rank")
+
+    # What it leaves behind.
     add("--log-every", type=natural, default=50, help="steps between records in log.jsonl")
     add("--save-every", type=natural, help="steps between checkpoints")
-    add("--keep-every", type=count, default=0, help="steps between those kept; 0: the newest only")
-    add("--sample-every", type=count, default=0, help="steps between sample grids; 0: at the end")
+    add("--keep-every", type=count, default=0, help="steps between milestones; 0: none")
+    add("--sample-every", type=count, default=0, help="steps between sample grids; 0: none")
     add("--tensorboard", action=switch, default=False, help="log there too, if installed")
-    add("--benchmark", action="store_true", help="time the training step, nothing else")
     # fmt: on
-    first, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    data, model, preset = first.data, first.model, CONFIGS[first.model]
-    parser.set_defaults(**DATA.get(data, DATA["cifar10"]), out=f"out/{Path(data).resolve().name}")
-    parser.set_defaults(**(SMALL if model.endswith("-Ti") else PAPER), latent_tokens=preset.N)
-    if first.vae != "none":
-        parser.set_defaults(**IMAGENET)
-    if not model.endswith("-Ti"):
-        parser.set_defaults(patch_size=preset.p, cfg=preset.cfg)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+
+    # Defaults that depend on other flags. The first table that names a flag decides, so the most
+    # specific ones come first.
+    small = args.model.endswith("-Ti")
+    preset = CONFIGS[args.model]
+    tables = [dict(latent_tokens=preset.N, out=f"out/{Path(args.data).resolve().name}")]
+    if not small:
+        tables.append(dict(patch_size=preset.p, cfg=preset.cfg))
+    if args.vae != "none":
+        tables.append(IMAGENET)
+    tables.append(DATA.get(args.data, FOLDER))
+    tables.append(SMALL if small else PAPER)
+    for table in tables:
+        for key, value in table.items():
+            if getattr(args, key) is None:
+                setattr(args, key, value)
+    if args.cache and args.vae == "none":
+        raise UserError("--cache keeps latents; without --vae there are none")
+    # A run inside its own data would later find its own grids there, as pictures of one more class.
+    if args.data not in DATA and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        raise UserError(f"--out {args.out} lies inside --data {args.data}; give another --out")
+    return args
 
 
 def main() -> None:
+    """Joins the other ranks, makes sure that --out is ours alone, and trains."""
     args = parse(sys.argv[1:])
-    args.p_s = args.p_s if args.latent_tokens else 1.0  # without LEM nobody has a prior
-    with process_group(pick_device(args.device)):
-        benchmark(args) if args.benchmark else train(args)
+    device = pick_device(args.device)
+    with process_group(device), locked(Path(args.out)):
+        if processes()[0] == 0:
+            claim_run(args, Path(args.out) / "ckpt.pt")
+        wait()
+        train(args)
 
 
 if __name__ == "__main__":
