@@ -153,6 +153,17 @@ def reference_loss(model, x0, y, x1, t, keep) -> torch.Tensor:
     return (x1 - x0 - v.float()).square().mean(dim=(1, 2, 3))
 
 
+class Launches(TorchDispatchMode):
+    """Counts the operations that launch a kernel on a GPU: all but views, which move no data."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
 def linear_macs(function, *inputs) -> int:
     """Multiply-accumulates of the linear layers in one call, as PyTorch's own counter sees them."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -191,8 +202,14 @@ def test_eq3_equals_the_reference_in_loss_and_gradients_and_runs_lem_only_where_
     # A forward and a backward pass of the same model on the same batch.
     x0, x1, y, t = batch()
     ours = awake()
-    loss = flow.rectified_flow_loss(ours, x0, y, x1, t, keep)
-    loss.mean().backward()
+    with Launches() as our_launches:
+        loss = flow.rectified_flow_loss(ours, x0, y, x1, t, keep)
+        loss.mean().backward()
+
+    # A small model on a GPU is as slow as its kernel launches: ours needs no more of them.
+    with Launches() as their_launches:
+        reference_loss(awake(), x0, y, x1, t, keep).mean().backward()
+    assert 0 < our_launches.count <= their_launches.count
 
     # With activation checkpointing the backward pass runs each block again, and changes nothing.
     theirs = awake()
@@ -315,6 +332,30 @@ def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
                 scipy = solve_ivp(scipy_f, (1, 0), x1[i].numpy(), "RK45", **sit | tolerances)
                 assert nfe[i] == scipy.nfev
                 assert close(x0[i], scipy.y[:, -1], 1e-7)
+
+
+def test_eq4_rk45_is_of_order_five_and_its_error_estimate_too():
+    x1 = torch.ones(1, 2, dtype=torch.float64)
+    exact, _ = flow.dopri5(oscillator, x1, 1e-13, 1e-13)
+
+    # Errors at t = 0, and estimated errors of the first step, for ever shorter steps.
+    errors = []
+    estimates = []
+    for n in (16, 32, 64):
+        # n steps of equal length, each of which starts with the last slope of the one before.
+        h = torch.full((1,), 1 / n, dtype=torch.float64)
+        x = x1
+        k = oscillator(x, torch.ones_like(h))
+        for i in range(n):
+            x, estimate, k = flow.rk45_step(oscillator, x, 1 - i * h, h, k, None)
+            if i == 0:
+                estimates.append(estimate.norm().item())
+        errors.append((x - exact).norm().item())
+
+    # Steps half as long: 2^5 times less error in the end, 2^5 times less estimated for one step.
+    assert 4.7 < math.log2(errors[0] / errors[1]) < 5.5
+    assert 4.7 < math.log2(errors[1] / errors[2]) < 5.5
+    assert 4.7 < math.log2(estimates[1] / estimates[2]) < 5.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -623,6 +664,12 @@ def test_configs_that_do_not_fit_are_refused_by_name():
 def test_section_1_a_prior_of_patches_passes_everything_on_and_fitv2_has_none():
     # A token's e_s is a linear function of its own patch, which is what training adapts.
     dod = awake(replace(TINY, prior_from="patches"))
+
+    # Its only linear layer has 12 inputs for each of the 16 tokens, and no MLP follows it.
+    macs = model.count_macs(dod.config)
+    assert macs["lem"] == 16 * 12 * TINY.d
+    assert macs["prior_mlp"] == 0
+
     x0, x1, y, t = batch()
     weight = dod.lem.embed.weight
     e_s = lem.patchify(x0, 2) @ weight.T + dod.lem.embed.bias
@@ -1750,6 +1797,7 @@ def test_figs_1_and_5_a_grid_has_a_block_a_stage_and_a_column_a_class():
     # Constant pictures of 8 x 8 pixels: two rows of two in the first block, one in the second.
     greys = torch.tensor([10, 20, 30, 40], dtype=torch.uint8)
     first = greys.reshape(4, 1, 1, 1).repeat(1, 1, 8, 8)
+    first[0, 0, 0, 0] = 255
     second = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
     grid = sample.draw_grid([("stage 1", first), ("stage 2", second)], ["A", "too long" * 9])
 
@@ -1757,8 +1805,11 @@ def test_figs_1_and_5_a_grid_has_a_block_a_stage_and_a_column_a_class():
     # top; 12 pixels lie between the blocks.
     left = grid.width - 2 * 68
     assert grid.height == 36 + 3 * 68 + 2 * 12
-    for x, y, grey in ((0, 36, 10), (131, 99, 20), (32, 136, 30), (0, 184, 200), (0, 183, 255)):
+    for x, y, grey in ((63, 99, 10), (131, 99, 20), (32, 136, 30), (0, 184, 200), (0, 183, 255)):
         assert grid.getpixel((left + x, y)) == (grey, grey, grey)
+
+    # Without smoothing, a white pixel becomes 8 x 8 pixels.
+    assert (np.asarray(grid.crop((left, 36, left + 64, 100))) == 255).sum() == 3 * 8 * 8
 
 
 def test_pictures_are_halved_and_resized_as_adm_does(tmp_path, monkeypatch):
@@ -1888,6 +1939,7 @@ class Code:
     ("fingerprint", lambda old: None, "'fingerprint' is missing"),
     ("classes", lambda old: old[:3], "class names"),
     ("config", lambda old: old | {"depth": 4.0}, "depth is 4.0"),
+    ("config", lambda old: old | {"depth": 10**9}, "more layers"),
     ("config", lambda old: old | {"decoder_depth": 10**9}, "more layers"),
     ("config", lambda old: old | {"latent_size": 10**6}, ""),
     ("ema", lambda old: dict(list(old.items())[1:]), "Missing key"),
@@ -2263,6 +2315,9 @@ def test_fid_in_closed_form_where_covariances_are_equal_or_commute():
     expected = apart + ((a**0.5 - b**0.5) ** 2).sum()
     assert fid(mu1, V * a @ V.T, mu2, V * b @ V.T) == pytest.approx(expected, rel=1e-7)
 
+    # Where an eigenvalue is 0, the square root of a rounding error is left: some 1e-8.
+    assert abs(fid(mu1, V * a @ V.T, mu1, V * a @ V.T)) < 1e-6
+
     # Others: the formula as the paper of FID prints it, with SciPy's square root of a matrix. FID
     # is symmetric, the way to compute it is not.
     S2 = np.diag(a + 1)
@@ -2336,8 +2391,9 @@ def test_precision_and_recall_against_a_loop_ties_and_blocks_included():
 
     # So many that they take two blocks: a grid of 81 x 81, in which the third neighbour is 1 away.
     # Of the columns 77 to 86, the first five are as near.
-    grid = torch.cartesian_prod(torch.arange(81), torch.arange(81))
-    assert evaluate.precision_recall(grid, grid[:810] % 10 + torch.tensor([77, 0]))[0] == 0.5
+    real = rng.permutation(np.argwhere(np.ones((81, 81))))
+    fake = np.argwhere(np.ones((10, 81))) + [77, 0]
+    assert evaluate.precision_recall(real, fake)[0] == 0.5
 
 
 def test_psnr_and_ssim_against_their_definitions():
@@ -2396,11 +2452,13 @@ def test_metrics_refuse_what_they_cannot_compare():
     for words, function, *inputs in (
         ("uint8", evaluate.psnr, images, images.float()),
         ("uint8", evaluate.ssim, images, images[:, :1]),
+        ("uint8", evaluate.measure, images.float(), thin, "x"),
         ("shapes", evaluate.frechet_distance, mu, sigma, mu, torch.eye(3)),
         ("all finite", evaluate.frechet_distance, mu, sigma * torch.nan, mu, sigma),
         ("0 to 3 are NaN", evaluate.add_rows, (0, 0, 0), half * torch.nan),
         ("1 pictures; at least 2", evaluate.measure, images[:1], thin, "x"),
         ("at least 4 pictures", evaluate.precision_recall, half, half[:3]),
+        ("of one width", evaluate.precision_recall, half, half[:, :1]),
         ("in 10 parts: one is empty", evaluate.inception_score, half),
         ("or NaN", evaluate.inception_score, half * torch.nan, 1),
     ):
@@ -2418,13 +2476,16 @@ def test_comparing_shuffles_for_the_is_and_warns_of_too_few_pictures(monkeypatch
     fake = real._replace(pool=pool)
     columns = evaluate.compare(real, fake)
     assert 9.9 < columns["is"] < 10
+    assert columns["is_std"] > 0
     assert evaluate.compare(real, fake) == columns  # the shuffle has a seed of its own
     assert list(columns) == ["fid", "is", "is_std", "precision", "recall"]
     assert (columns["precision"], columns["recall"]) == (0.25, 0.5)
 
-    # Fewer pictures than features.
-    with pytest.warns(UserWarning, match="1 and 10000 pictures for 2 features: too few"):
-        evaluate.compare(real._replace(pool=pool[:1]), fake)
+    # Fewer pictures than features, on either side.
+    few = fake._replace(pool=pool[:1], logits=logits[:1])
+    for pair in ((few, fake), (fake, few)):
+        with pytest.warns(UserWarning, match="for 2 features: too few"):
+            evaluate.compare(*pair)
 
 
 # ----------------------------------------------------------------------- section 4.1: the features
@@ -2503,6 +2564,16 @@ def test_features_are_computed_in_true_fp32(weights, monkeypatch):
     assert seen == [("highest", False, False), ("high", True, True)]
 
 
+def test_grey_and_colour_become_each_other():
+    # Every grey level survives the way there and back. Red has Pillow's luminance, 0.299.
+    grey = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    colour = evaluate.as_channels(grey, 3)
+    assert torch.equal(colour, grey.repeat(1, 3, 1, 1))
+    assert torch.equal(evaluate.as_channels(colour, 1), grey)
+    red = torch.tensor([200, 0, 0], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    assert evaluate.as_channels(red, 1).item() == 60
+
+
 def random_ckpt(path: Path, config: Config, **entries) -> Path:
     """A checkpoint of random weights, as of a run on scikit-learn's 8 x 8 digits."""
     saved = {"format": "dod-2", "step": 7, "p_s": 0.25, "codec": "none", "data": "digits"}
@@ -2557,8 +2628,9 @@ def test_the_classifier_is_the_same_bytes_each_time_and_mends_a_damaged_file(
     assert len(fitted) == 2
 
     # Other training pictures mean another file.
-    evaluate.classifier(tmp_path / "ckpt.pt", saved | {"fingerprint": "other"}, training)
-    assert len(list(tmp_path.glob("classifier-*.pt"))) == 2
+    for change in ({"fingerprint": "other"}, {"held_out": 0.2}):
+        evaluate.classifier(tmp_path / "ckpt.pt", saved | change, training)
+    assert len(list(tmp_path.glob("classifier-*.pt"))) == 3
 
     # Where it cannot be written (here a folder has its name), it is used all the same.
     file.unlink()
@@ -2637,6 +2709,7 @@ def test_fig4_stages_reports_floor_stages_and_class_guidance(ckpt, monkeypatch, 
 
     # The report says what made it, and there are two pictures. It does not call this FID-50K.
     found = json.loads(out.read_text())
+    assert len(found["rows"]) == len(rows)
     expected = {
         "command": "stages", "features": "classifier", "count": 100, "ckpt": str(ckpt), "seed": 0,
         "reference": "held-out pictures", "reference_count": 100, "solver": "euler", "steps": 2,
@@ -2645,6 +2718,7 @@ def test_fig4_stages_reports_floor_stages_and_class_guidance(ckpt, monkeypatch, 
     assert found | expected == found
     about = found["checkpoint"]
     assert about | {"step": 7, "p_s": 0.25, "fingerprint": fingerprint} == about
+    assert "ema" not in about
     for suffix in (".png", ".pictures.png"):
         assert Image.open(ckpt.with_name(f"stages{suffix}")).width > 500
     printed = capsys.readouterr().out
@@ -2721,7 +2795,9 @@ def test_fig4_reconstruct_and_table2_probe_report_their_columns(
         assert torch.equal(probed[1][0][place + 1], y)
 
 
-def test_a_plain_fitv2_has_stage_1_and_its_class_guidance(ckpt, quick_fit, capsys):
+def test_a_plain_fitv2_has_stage_1_and_its_class_guidance(ckpt, quick_fit, monkeypatch, capsys):
+    sampled = record(monkeypatch, "generate")
+
     # --cfg is for stages with a prior, of which there are none.
     fitv2 = random_ckpt(ckpt.with_name("fitv2.pt"), CONFIGS["FiTv2-Ti"])
     out = ckpt.with_name("fitv2.json")
@@ -2729,6 +2805,7 @@ def test_a_plain_fitv2_has_stage_1_and_its_class_guidance(ckpt, quick_fit, capsy
     guidance = ["--steps", 1, "--cfg", "2,3", "--cfg-stage1", "2"]
     assert run(evaluate, "stages", *flags, *guidance) == 0
     assert list(rows_of(out)) == [FLOOR, ("stage 1", 1), ("stage 1", 2)]
+    assert [named["cfg"] for _, named, _ in sampled] == [[1], [2]]
 
     # There is no LEM that could take a prior or be probed. A report is not written over unasked.
     for command in ("reconstruct", "probe"):
@@ -2813,7 +2890,8 @@ def test_samples_reads_npz_and_folders_alike_and_colour_for_grey(ckpt, tmp_path,
     for i, picture in enumerate(np.load(npz)["arr_0"]):
         Image.fromarray(picture).convert("L").save(tmp_path / f"other/below/{i:03}.PNG")
 
-    # The reports agree in all their columns.
+    # All are read in colour, and the reports agree in all their columns.
+    assert {picture.shape for picture in evaluate.read_pictures(tmp_path / "other")} == {(3, 8, 8)}
     reports = []
     for path in (npz, tmp_path / "set", tmp_path / "other"):
         flags = ["--features", "auto", "--ckpt", ckpt, "--out", tmp_path / f"{path.name}.json"]
@@ -2900,6 +2978,8 @@ def test_commands_name_what_is_wrong_with_a_file_or_flag_in_one_line(
     good = write_npz(tmp_path / "good.npz", images)
     write_npz(tmp_path / "float.npz", images.float())
     write_npz(tmp_path / "large.npz", torch.zeros(5, 1, 9, 9, dtype=torch.uint8))
+    write_npz(tmp_path / "two.npz", images.expand(-1, 2, -1, -1))
+    np.savez(tmp_path / "flat.npz", arr_0=np.zeros((5, 8), np.uint8))
     np.savez(tmp_path / "words.npz", arr_0=np.full((5, 8, 8, 3), "x"))
     np.savez(tmp_path / "big.npz", arr_0=np.zeros((5, 8, 8, 3), ">i2"))
     np.savez(tmp_path / "object.npz", arr_0=np.full((5, 8, 8, 3), None))
@@ -2916,7 +2996,8 @@ def test_commands_name_what_is_wrong_with_a_file_or_flag_in_one_line(
     for name, words in (
         ("mixed", "(3, 9, 9)"), ("broken", "7.jpeg"), ("no.npz", "arr_0"), ("bad.npz", "bad.npz"),
         ("float.npz", "float32"), ("large.npz", "(1, 9, 9)"), ("words.npz", "<U1"),
-        ("big.npz", ">i2"), ("object.npz", "Object arrays"),
+        ("big.npz", ">i2"), ("object.npz", "Object arrays"), ("two.npz", "(5, 8, 8, 2)"),
+        ("flat.npz", "(5, 8)"),
     ):  # fmt: skip
         flags = ["--features", "classifier", "--ckpt", ckpt]
         assert words in error_line(capsys, *samples, tmp_path / name, *flags)
@@ -3069,6 +3150,23 @@ def test_the_shipped_weights_are_what_the_readme_s_command_made_and_show_the_pap
 # ------------------------------------------------------------------ the README keeps its word
 
 
+@pytest.mark.parametrize("script", [train, sample])
+def test_torchrun_leaves_every_flag_to_the_script(script, capsys):
+    from torch.distributed.run import get_args_parser
+
+    # Every flag that --help names.
+    with pytest.raises(SystemExit):
+        script.parse(["--help"])
+    flags = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
+    assert len(flags) > 20
+
+    # torchrun would refuse an ambiguous abbreviation of its own flags. --num is one, of --nproc...
+    # and --nnodes; therefore --number says the same.
+    for flag in flags - {"--num"}:
+        argv = [f"{script.__name__}.py", flag]
+        assert get_args_parser().parse_args(argv).training_script_args == [flag]
+
+
 def test_every_command_of_the_readme_parses():
     # Commands in code blocks and in prose; "..." stands for flags that are left out.
     launch = r"(?:python|torchrun[^\n`]*?) (train|sample|evaluate)\.py([^\n`#&]*)"
@@ -3183,7 +3281,7 @@ def benchmark_training(args, device: torch.device) -> None:
             seconds = np.median(times[name])
             flops = 3 * 2 * macs[key] * B / seconds
             print(f"{name:10}{seconds:8.3f} s/step {B / seconds:9.2f} images/s ", end="")
-            print(f"{macs[key] / 1e9:7.2f} GMACs/image   share {flops / rate:.0%}")
+            print(f"{macs[key] / 1e9:8.4g} GMACs/image   share {flops / rate:.0%}")
     if config.N:
         ratio = np.median(times["ours"] / times["reference"])
         print(f"ours / reference: {ratio:.3f} of the time, ", end="")
