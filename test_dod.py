@@ -476,6 +476,15 @@ def test_eq6_eq7_are_the_written_out_formulas():
     assert close(dod.lem(x0), e_l)
 
 
+def test_eq7_without_positions_all_patches_would_be_alike():
+    # M is one token, repeated for every patch: only PE tells the patches apart.
+    dod = awake()
+    x0, _, _, _ = batch()
+    assert dod.lem(x0).std(1).min() > 0
+    dod.lem.pos_decoder.zero_()
+    assert dod.lem(x0).std(1).max() < 1e-5
+
+
 def test_eq6_eq7_positions_are_frozen_sines_and_cosines():
     # Of the row, then of the column, in a grid of 3 x 5.
     w = 10000.0 ** (-np.arange(4) / 4)
