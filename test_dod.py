@@ -534,6 +534,10 @@ def test_eq9_attention_is_the_written_out_formula_with_the_scale_1_over_sqrt_d_k
         pairs = torch.view_as_complex(F.layer_norm(x, [8], eps=1e-6).unflatten(-1, (4, 2)))
         return torch.view_as_real(pairs * turn).flatten(-2)
 
+    # The pairs are neighbours: channels 2k and 2k + 1.
+    rotated = model.rotate(F.layer_norm(q, [8], eps=1e-6), *model.rope_2d(8, 3))
+    assert close(rotated, rope(q))
+
     # LN bounds |q| and |k| by sqrt(d_k), and so the logits by sqrt(d_k) = sqrt(8).
     logits = rope(q) @ rope(k).transpose(-1, -2) / math.sqrt(8)
     assert logits.abs().max() <= math.sqrt(8) + 1e-4
@@ -594,9 +598,36 @@ def test_table1_parameters(capsys):
         numbers = [round(float(n)) for n in row[1:]]
         assert numbers[:3] == numbers[3:]
 
+    # The architecture that reproduces all of them, to the second digit of a million.
+    millions = {row[0]: (float(row[1]), float(row[2])) for row in rows}
+    assert millions["DoD-S"] == (26.53, 21.47)
+    assert millions["DoD-B"] == (104.96, 85.71)
+    assert millions["DoD-XL"] == (527.13, 85.71)
+    assert millions["FiTv2-B"] == (128.15, 0)
+    assert millions["FiTv2-XL"] == (671.05, 0)
+    assert CONFIGS["DoD-B"] == Config()
+
     # They are counted without memory; a real model has as many.
     built = sum(p.numel() for p in DoD(TINY).parameters())
     assert sum(model.count_parameters(TINY)) == built
+
+
+def test_section_4_2_dod_ti_is_the_paper_s_geometry_in_miniature():
+    # A latent token has as many numbers as a patch, and there are T / 8 of them, as in DoD-B.
+    paper = CONFIGS["DoD-B"]
+    tiny = CONFIGS["DoD-Ti"]
+    for config in (paper, tiny):
+        assert config.d_e == config.p**2 * config.latent_channels == 16
+        assert config.num_tokens == 8 * config.N
+    assert (tiny.depth, tiny.d, tiny.heads, tiny.r) == (4, 128, 4, 32)
+    assert (tiny.encoder_depth, tiny.decoder_depth, tiny.d_l, tiny.lem_heads) == (2, 1, 128, 4)
+    assert (tiny.latent_size, tiny.num_classes, tiny.cfg) == (16, 10, 2)
+
+    # The baseline has one layer more, in place of LEM.
+    fit = CONFIGS["FiTv2-Ti"]
+    assert replace(tiny, depth=5, N=0) == replace(
+        fit, encoder_depth=2, decoder_depth=1, d_l=128, lem_heads=4
+    )
 
 
 def test_table4_compute(capsys):
