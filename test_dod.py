@@ -2492,6 +2492,7 @@ def test_metrics_refuse_what_they_cannot_compare():
     for words, function, *inputs in (
         ("uint8", evaluate.psnr, images, images.float()),
         ("uint8", evaluate.ssim, images, images[:, :1]),
+        ("uint8", evaluate.ssim, images[:, :1], images),
         ("uint8", evaluate.measure, images.float(), thin, "x"),
         ("shapes", evaluate.frechet_distance, mu, sigma, mu, torch.eye(3)),
         ("all finite", evaluate.frechet_distance, mu, sigma * torch.nan, mu, sigma),
