@@ -1390,6 +1390,15 @@ def test_an_old_run_stays_unless_overwritten_and_then_goes_first(
     assert records_of(tmp_path / "a") == []
 
 
+def test_resuming_before_the_first_save_keeps_the_milestones(trained, no_pictures, tmp_path):
+    # With --keep-every below --save-every, a kill can leave milestones beside the first checkpoint.
+    torch.save(saved(trained) | {"step": 0}, tmp_path / "ckpt.pt")
+    shutil.copy(trained / "ckpt.pt", tmp_path / "ckpt-0000009.pt")
+    assert run(train, *QUICK, "--steps", 1, "--resume", "--out", tmp_path) == 0
+    assert saved(tmp_path)["step"] == 1
+    assert (tmp_path / "ckpt-0000009.pt").exists()
+
+
 def test_the_second_of_two_runs_in_one_folder_is_refused(tmp_path, capfd):
     with sample.locked(tmp_path):
         assert run(train, *QUICK, "--steps", 1, "--out", tmp_path) == 2

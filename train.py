@@ -907,8 +907,9 @@ def train(args: argparse.Namespace) -> None:
             # The new run has a checkpoint before it has a log: a log without one is not ours. With
             # --overwrite, this is where the old run goes, for no flag can be wrong any more.
             save_checkpoint(ckpt, parts, about, 0)
-            for old in ckpt.parent.glob(MILESTONES):
-                old.unlink()
+            if args.overwrite:
+                for old in ckpt.parent.glob(MILESTONES):
+                    old.unlink()
         log = open_log(ckpt.with_name("log.jsonl"), done, args.tensorboard)
         held_out_parts = held_out_batch(held_out, codec, args, config)
 
