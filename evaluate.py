@@ -14,6 +14,7 @@ Pictures are uint8 (n, channels, height, width); D features, K classes.
     python evaluate.py stages                   # Fig. 4, right, for the run in out/letters
     python evaluate.py reconstruct              # Fig. 4, left: held-out pictures as priors
     python evaluate.py probe                    # Table 2, right: the class in LEM's tokens
+    python evaluate.py cost a.json b.json       # Fig. 2, left: FID over training images
     python evaluate.py samples --ref VIRTUAL_imagenet256_labeled.npz --samples samples.npz
 """
 
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from model import DoD, UserError, count_macs, stage_parts
+from model import Config, DoD, UserError, count_macs, stage_parts, training_macs
 from sample import (
     TRAINING_ONLY, Codec, Parser, add_sampling_flags, at_least, codec_of, draw_grid, generate,
     load_checkpoint, load_model, may_write, nonempty, open_picture, pick_device, replacing,
@@ -501,45 +502,64 @@ def load_network(args: argparse.Namespace, run: Run | None) -> tuple[Callable, d
 class Comparison:
     """The rows of a table: sets of pictures against the same real ones; the first is the floor.
 
-    CHOICE: where no picture was held out (--held-out 0), training pictures are the reference, and
-    other ones the floor; the report says which it was.
+    real (n, channels, size, size) and y (n,): the real pictures and their classes; measured, other:
+    the features of these and of as many training pictures; reference: what the real ones are.
     """
 
-    def __init__(self, args: argparse.Namespace, run: Run):
-        # The real pictures, which are also the priors of `reconstruct`.
-        self.network, self.facts = load_network(args, run)
-        self.reference = "held-out pictures"
-        held_out = run.held_out
-        if len(held_out) < 4:
-            self.reference = "training pictures"
-            held_out = run.training
-            args.num = min(args.num, len(run.training) // 2)  # the other half is the floor
-        self.real, self.y = first(held_out, args.num)
-        self.measured = measure(self.real, self.network, self.reference)
-
-        # As many training pictures: the floor, and what a guidance scale may be chosen by. They are
-        # taken from the middle on, because the reference may be the first half (--held-out 0).
-        middle = len(run.training) // 2
-        numbers = range(middle, min(middle + len(self.y), len(run.training)))
-        half = [run.training[i, False] for i in numbers]
-        images = torch.stack([image for image, _ in half])
-        self.training = measure(images, self.network, "training pictures", self.measured)
-        row = {"what": "training pictures"} | compare(self.measured, self.training)
-        if self.facts["features"] == "classifier":
-            row["recognised"] = recognised(self.training, torch.tensor([y for _, y in half]))
-        self.rows = [row]
-        self.blocks = [("real", self.real[:10])]
+    def __init__(self, network, facts: dict, reference: str, real, y, measured, other):
+        self.network = network
+        self.facts = facts
+        self.reference = reference
+        self.real = real
+        self.y = y
+        self.measured = measured
+        self.other = other
+        self.rows = []
+        self.blocks = [("real", real[:10])]
 
     def add(self, row: dict, images: torch.Tensor) -> None:
         """Measures pictures of the classes y and adds their row."""
         fake = measure(images, self.network, row["what"], self.measured)
         row |= compare(self.measured, fake)
         # The second FID of each row, by which a guidance scale may be chosen.
-        row["fid_training"] = frechet_distance(*self.training.fid, *fake.fid)
+        row["fid_training"] = frechet_distance(*self.other.fid, *fake.fid)
         if self.facts["features"] == "classifier":
             row["recognised"] = recognised(fake, self.y)
         self.rows.append(row)
         self.blocks.append((f"{row['what']}\nw = {row['guidance']:g}", images[:10].clone()))
+
+
+def open_comparison(args: argparse.Namespace, run: Run) -> Comparison:
+    """Measures the real pictures, and puts the floor into the first row.
+
+    CHOICE: where no picture was held out (--held-out 0), training pictures are the reference, and
+    other ones the floor; the report says which it was.
+    """
+    # The real pictures, which are also the priors of `reconstruct`.
+    network, facts = load_network(args, run)
+    reference = "held-out pictures"
+    pictures = run.held_out
+    if len(pictures) < 4:
+        reference = "training pictures"
+        pictures = run.training
+        args.num = min(args.num, len(run.training) // 2)  # the other half is the floor
+    real, y = first(pictures, args.num)
+    measured = measure(real, network, reference)
+
+    # As many training pictures: the floor, and what a guidance scale may be chosen by. They are
+    # taken from the middle on, because the reference may be the first half (--held-out 0).
+    middle = len(run.training) // 2
+    numbers = range(middle, min(middle + len(y), len(run.training)))
+    half = [run.training[i, False] for i in numbers]
+    images = torch.stack([image for image, _ in half])
+    other = measure(images, network, "training pictures", measured)
+    floor = {"what": "training pictures"} | compare(measured, other)
+    if facts["features"] == "classifier":
+        floor["recognised"] = recognised(other, torch.tensor([label for _, label in half]))
+
+    table = Comparison(network, facts, reference, real, y, measured, other)
+    table.rows.append(floor)
+    return table
 
 
 def recognised(fake: Measured, y: torch.Tensor) -> float:
@@ -581,7 +601,7 @@ def stages(args: argparse.Namespace) -> None:
     run = load_run(args)
     if run.model.config.num_classes == 1 and args.cfg_stage1:
         raise UserError(f"{args.ckpt} knows one class only, no class guidance; --cfg-stage1 none")
-    table = Comparison(args, run)
+    table = open_comparison(args, run)
 
     # A plan is the guidance scale of each stage: 1, w, w, ... Section 3.3 leaves stage 1 unguided.
     later = (args.stages or (3 if run.model.config.N else 1)) - 1
@@ -597,14 +617,13 @@ def stages(args: argparse.Namespace) -> None:
     for w in args.cfg_stage1:
         for row, images in follow(args, run, table.y, [w]):
             table.add(row, images)
-    write_figures(args, table, run.saved["classes"])
-    report(args, table.rows, table.facts | {"count": len(table.y), "checkpoint": run.saved}, table)
+    finish(args, run, table)
 
 
 def reconstruct(args: argparse.Namespace) -> None:
     """Fig. 4, left, and Tables 2-3: held-out pictures are the priors of their reconstructions."""
     run = load_run(args)
-    table = Comparison(args, run)
+    table = open_comparison(args, run)
 
     # CHOICE: the prior is the mean of the VAE's posterior, not a sample.
     parts = [run.codec.encode(part.to(run.model.cos.device)) for part in table.real.split(64)]
@@ -619,8 +638,7 @@ def reconstruct(args: argparse.Namespace) -> None:
             if min(images.shape[2:]) > 10:  # the window of SSIM has 11 x 11 pixels
                 row["ssim"] = ssim(table.real, images).mean().item()
             table.add(row, images)
-    write_figures(args, table, run.saved["classes"])
-    report(args, table.rows, table.facts | {"count": len(table.y), "checkpoint": run.saved}, table)
+    finish(args, run, table)
 
 
 def samples(args: argparse.Namespace) -> None:
@@ -686,17 +704,74 @@ def probe(args: argparse.Namespace) -> None:
     report(args, rows, {"count": len(y_test), "checkpoint": run.saved})
 
 
+def cost(args: argparse.Namespace) -> None:
+    """Fig. 2, left: FID over training images, from the reports of `stages` on several milestones.
+
+    Each point has the guidance scale whose FID against training pictures is lowest, and shows its
+    FID against the reference. tflops: of training until then, 10^12 operations, forward and
+    backward, attention included. gflops: of sampling, see follow().
+    """
+    methods = {}  # name of a run and a method -> its rows, one for each report
+    for path in args.reports:
+        found = read_report(path)
+        saved = found["checkpoint"]
+        images = saved["step"] * saved["batch_size"]
+        macs = training_macs(Config(**saved["config"]), saved["p_s"])
+        tflops = 6 * (macs["ours"] + macs["attention"]) * images / 1e12
+
+        # Stage 1 is two methods: without guidance, as in Fig. 3a, and guided by the class alone.
+        scans = {}
+        floor, *rows = found["rows"]
+        for row in rows:
+            guided = row["what"] == "stage 1" and row["guidance"] > 1
+            scans.setdefault("class guidance" if guided else row["what"], []).append(row)
+        for what, scan in scans.items():
+            best = min(scan, key=lambda row: row["fid_training"])
+            name = f"{Path(found['ckpt']).parent.name} {what}"
+            row = {"what": name, "images": images, "tflops": tflops}
+            row |= {key: best[key] for key in ("guidance", "gflops", "fid")}
+            methods.setdefault(name, []).append(row)
+
+    # A curve for each method, from few images to many.
+    curves = {}
+    points = []
+    for name, rows in methods.items():
+        rows.sort(key=lambda row: row["images"])
+        curves[name] = [(row["images"], row["fid"]) for row in rows]
+        points += rows
+    labels = {"title": "FID at the best w", "xlabel": "training images", "xscale": "log"}
+    draw_curves(beside(args.out, ".png"), args.overwrite, curves, floor["fid"], labels)
+    report(args, points, {"count": len(args.reports)})
+
+
+def read_report(path: str) -> dict:
+    """A report of `stages`. Raises UserError if it is none."""
+    try:
+        found = json.loads(Path(path).read_text())
+        if found["command"] == "stages":
+            return found
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path} is no report of `evaluate.py stages`")
+
+
 # -------------------------------------------------------------------------------------- the reports
 
 TITLES = {"guidance": "w", "gflops": "GFLOPs", "fid": "FID", "fid_training": "(training)"}
-TITLES |= {"sfid": "sFID", "is": "IS", "psnr": "PSNR, dB", "ssim": "SSIM"}
+TITLES |= {"sfid": "sFID", "is": "IS", "psnr": "PSNR, dB", "ssim": "SSIM", "tflops": "TFLOPs"}
 
 
-def report(args: argparse.Namespace, rows: list[dict], facts: dict, table=None) -> None:
+def finish(args: argparse.Namespace, run: Run, table: Comparison) -> None:
+    """What `stages` and `reconstruct` leave: the curves, some pictures, the report."""
+    write_figures(args, table, run.saved["classes"])
+    facts = table.facts | {"count": len(table.y), "checkpoint": run.saved}
+    facts |= {"reference": table.reference, "reference_count": len(table.y)}
+    report(args, table.rows, facts)
+
+
+def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
     """Prints the rows as a table and writes them to --out as JSON, with every flag and fact."""
     # What was compared with what.
-    if table:
-        facts |= {"reference": table.reference, "reference_count": len(table.y)}
     if "weights" in facts:
         facts["weights_sha256"] = hashlib.sha256(Path(facts["weights"]).read_bytes()).hexdigest()
     if "features" in facts:
@@ -729,31 +804,39 @@ def report(args: argparse.Namespace, rows: list[dict], facts: dict, table=None) 
 
 
 def write_figures(args: argparse.Namespace, table: Comparison, classes: list[str]) -> None:
-    """A half of Fig. 4 beside --out: FID over w as curves, the floor dotted; and some pictures."""
+    """A half of Fig. 4 beside --out: FID over w as curves; and some of the pictures."""
+    # A curve for each stage; that of stage 1 shows what guidance by the class alone achieves.
+    curves = {}
+    floor, *rows = table.rows
+    for row in sorted(rows, key=lambda row: row["guidance"]):
+        curves.setdefault(row["what"], []).append((row["guidance"], row["fid"]))
+    labels = {"title": f"FID against {table.reference}", "xlabel": "guidance scale w"}
+    draw_curves(beside(args.out, ".png"), args.overwrite, curves, floor["fid"], labels)
+
+    # Both files are named after the report, so that no two reports share a figure.
+    with replacing(beside(args.out, ".pictures.png"), args.overwrite) as temporary:
+        draw_grid(table.blocks, [classes[k] for k in table.y[:10]]).save(temporary)
+
+
+def draw_curves(out: Path, overwrite: bool, curves: dict, floor: float, labels: dict) -> None:
+    """Draws curves, name -> points (x, FID), over a logarithmic axis; the floor is dotted."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    # A curve for each stage; that of stage 1 shows what guidance by the class alone achieves.
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    floor, *rows = table.rows
-    for what in dict.fromkeys(row["what"] for row in rows):
-        of_this = sorted((row["guidance"], row["fid"]) for row in rows if row["what"] == what)
-        axes.plot(*zip(*of_this, strict=True), "o-", label=what)
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
 
     # The floor: other real pictures are not at distance 0 either, because the sets are finite.
-    axes.axhline(floor["fid"], color="black", linestyle=":", label="real pictures")
-    axes.set(title=f"FID against {table.reference}", xlabel="guidance scale w", yscale="log")
+    axes.axhline(floor, color="black", linestyle=":", label="real pictures")
+    axes.set(yscale="log", **labels)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.legend()
-
-    # Both files are named after the report, so that no two reports share a figure.
-    with replacing(beside(args.out, ".png"), args.overwrite) as temporary:
+    with replacing(out, overwrite) as temporary:
         figure.savefig(temporary, dpi=120)
-    with replacing(beside(args.out, ".pictures.png"), args.overwrite) as temporary:
-        draw_grid(table.blocks, [classes[k] for k in table.y[:10]]).save(temporary)
 
 
 def beside(out: Path, suffix: str) -> Path:
@@ -824,6 +907,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
         command.add_argument("--vae", type=nonempty, help="where the checkpoint's VAE is now")
         command.add_argument("--overwrite", action="store_true", help="replace --out")
+
+    # Reports are all that this command reads.
+    summary = cost.__doc__.splitlines()[0]
+    command = commands.add_parser("cost", help=summary, description=summary)
+    command.set_defaults(function=cost)
+    command.add_argument("reports", nargs="+", help="reports of `stages`, of any runs and steps")
+    command.add_argument("--out", type=nonempty, default="cost.json", help="JSON report")
+    command.add_argument("--overwrite", action="store_true", help="replace --out")
     return parser.parse_args(argv)
 
 
@@ -850,7 +941,7 @@ def main() -> None:
 
     # A file in the way is better reported now than after an hour of sampling.
     may_write(args.out, (".json",), args.overwrite)
-    if args.command in ("stages", "reconstruct"):
+    if args.command in ("stages", "reconstruct", "cost"):
         may_write(beside(args.out, ".png"), (".png",), args.overwrite)
         may_write(beside(args.out, ".pictures.png"), (".png",), args.overwrite)
     args.function(args)

@@ -429,10 +429,11 @@ def stage_parts(evaluations: float, guided: float, has_prior: bool) -> dict[str,
     return {"lem": 1, "e_s": evaluations, "prior_mlp": 1 - evaluations, "s": guided}
 
 
-def training_macs(config: Config) -> dict[str, float]:
-    """Multiply-accumulates of a training step's forward pass, for one image, at p_s = 0.5.
+def training_macs(config: Config, p_s: float = 0.5) -> dict[str, float]:
+    """Multiply-accumulates of a training step's forward pass, for one image.
 
-    ours: LEM on the half of the batch that keeps its prior; the backbone with c for each token.
+    ours: LEM on the images that keep their prior, a share of 1 - p_s; the backbone with c for each
+    token.
     naive: LEM on every image. attention: left out of both.
     """
     macs = count_macs(config)
@@ -441,9 +442,9 @@ def training_macs(config: Config) -> dict[str, float]:
     with_prior = macs["lem"] + macs["prior_mlp"]
     backbone = macs["e_s"] - macs["prior_mlp"]
     return {
-        "ours": backbone + 0.5 * with_prior,
+        "ours": backbone + (1 - p_s) * with_prior,
         "naive": backbone + with_prior,
-        "attention": macs["attention"] + 0.5 * macs["lem_attention"],
+        "attention": macs["attention"] + (1 - p_s) * macs["lem_attention"],
     }
 
 

@@ -669,6 +669,9 @@ def test_table4_counts_what_a_stage_really_runs():
     assert round(macs["ours"] / 1e9, 2) == 38.59
     assert round(macs["naive"] / 1e9, 2) == 51.05
     assert macs["attention"] == 12 * 2 * 256**2 * 768 + 12 * 2 * 288**2 * 768 / 2
+    assert model.training_macs(CONFIGS["DoD-B"], p_s=0)["ours"] == macs["naive"]
+    quarter = model.training_macs(CONFIGS["DoD-B"], p_s=0.25)
+    assert quarter["ours"] == (macs["ours"] + macs["naive"]) / 2
 
 
 def test_any_size_channels_and_classes_work():
@@ -2774,6 +2777,54 @@ def test_fig4_stages_reports_floor_stages_and_class_guidance(ckpt, monkeypatch, 
     printed = capsys.readouterr().out
     assert "100 pictures against 100 of held-out" in printed
     assert "FID-50K" not in printed
+
+
+def test_fig2_cost_takes_each_method_at_its_best_scale_by_training_pictures(tmp_path, capsys):
+    def write(name, step, config, rows):
+        saved = {"step": step, "batch_size": 64, "p_s": 0.25, "config": asdict(config)}
+        found = {"command": "stages", "ckpt": f"out/{name}/ckpt.pt", "checkpoint": saved}
+        floor = {"what": "training pictures", "fid": 0.5}
+        keys = ("what", "guidance", "fid_training", "fid", "gflops")
+        found["rows"] = [floor, *(dict(zip(keys, row, strict=True)) for row in rows)]
+        path = tmp_path / f"{name}-{step}.json"
+        path.write_text(json.dumps(found))
+        return path
+
+    # The last of the reports is the one with the fewest images.
+    fit = replace(TINY, N=0)
+    reports = [
+        write("a", 20, TINY, [("stage 1", 1, 9, 8, 1), ("stage 2", 2, 3, 1, 3)]),
+        write("b", 10, fit, [("stage 1", 1, 9, 9, 1), ("stage 1", 3, 4, 4, 2)]),
+        write("a", 10, TINY, [("stage 2", 2, 5, 4, 3), ("stage 2", 3, 4, 5, 3)]),
+    ]
+    out = tmp_path / "found.json"
+    assert run(evaluate, "cost", *reports, "--out", out) == 0
+    rows = json.loads(out.read_text())["rows"]
+    found = [tuple(row[key] for key in ("what", "images", "guidance", "fid")) for row in rows]
+    assert found == [
+        ("a stage 1", 1280, 1, 8),
+        ("a stage 2", 640, 3, 5),
+        ("a stage 2", 1280, 2, 1),
+        ("b stage 1", 640, 1, 9),
+        ("b class guidance", 640, 3, 4),
+    ]
+
+    # Operations: forward and backward are three passes, of two operations for each MAC.
+    for row, config in ((rows[1], TINY), (rows[3], fit)):
+        macs = model.training_macs(config, 0.25)
+        flops = 6 * 640 * (macs["ours"] + macs["attention"])
+        assert row["tflops"] == pytest.approx(flops / 1e12)
+    assert Image.open(tmp_path / "found.png").width > 500
+
+    # Not a report, or not one of stages. Neither report nor figure is replaced unasked.
+    capsys.readouterr()
+    for text in ("", "[1]", "{}", '{"command": "probe"}'):
+        (tmp_path / "other.json").write_text(text)
+        assert run(evaluate, "cost", tmp_path / "other.json", "--out", tmp_path / "new.json") == 2
+        assert "is no report of" in capsys.readouterr().err
+    out.unlink()
+    assert run(evaluate, "cost", *reports, "--out", out) == 2
+    assert "found.png exists" in capsys.readouterr().err
 
 
 def test_table4_compute_of_a_stage_has_that_of_the_stages_before(monkeypatch):
