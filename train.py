@@ -839,11 +839,98 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> dic
     return {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
 
 
+class Journal:
+    """What rank 0 writes into --out: checkpoints, log, pictures. The other ranks have none."""
+
+    def __init__(self, args, parts: dict, about: dict, pictures, held_out, codec: Codec):
+        self.args = args
+        self.parts = parts
+        self.about = about
+        self.pictures = pictures
+        self.held_out = held_out
+        self.codec = codec
+        self.ckpt = Path(args.out) / "ckpt.pt"
+
+    def open(self, done: int, config: Config) -> None:
+        """Says what the run is, and opens the log after the `done` steps of an earlier one."""
+        weights = sum(p.numel() for p in self.parts["model"].parameters()) / 1e6
+        print(
+            f"{self.args.model}: {weights:.2f} M parameters, {config.num_tokens} tokens; ", end=""
+        )
+        print(f"{len(self.pictures)} pictures in {config.num_classes} classes, ", end="")
+        print(f"{len(self.held_out)} held out")
+        if not done:
+            settings = sorted(vars(self.args).items())
+            print("settings: " + ", ".join(f"{key} {value}" for key, value in settings))
+
+            # The new run has a checkpoint before it has a log: a log without one is not ours. With
+            # --overwrite, this is where the old run goes, for no flag can be wrong any more.
+            save_checkpoint(self.ckpt, self.parts, self.about, 0)
+            if self.args.overwrite:
+                for old in self.ckpt.parent.glob(MILESTONES):
+                    old.unlink()
+        self.log = open_log(self.ckpt.with_name("log.jsonl"), done, self.args.tensorboard)
+        self.held_out_parts = held_out_batch(self.held_out, self.codec, self.args, config)
+
+    def record(self, record: dict, due: set[str]) -> None:
+        """Logs, saves and draws what is due after record["step"]."""
+        step = record["step"]
+        ema = self.parts["ema"]
+        if "save" in due and self.held_out_parts:
+            record["held_out_loss"] = held_out_loss(ema, self.held_out_parts)
+        self.log(record)
+
+        # The milestone comes before ckpt.pt: a run killed in between repeats this step.
+        if "keep" in due:
+            milestone = self.ckpt.with_name(f"ckpt-{step:07}.pt")
+            save_checkpoint(milestone, self.parts, self.about, step)
+        if "save" in due:
+            save_checkpoint(self.ckpt, self.parts, self.about, step)
+        if "sample" in due:
+            out = self.ckpt.with_name(f"samples-{step:07}.png")
+            draw_samples(ema, self.codec, self.pictures, self.args.seed, out)
+
+    def finish(self) -> None:
+        """The pictures of a whole run, and what to do with it."""
+        ckpt = self.ckpt
+        plot_log(ckpt.with_name("log.jsonl"), ckpt.with_name("loss.png"))
+        out = ckpt.with_name("samples.png")
+        draw_samples(self.parts["ema"], self.codec, self.pictures, self.args.seed, out)
+        print(f"wrote {', '.join(WRITTEN)} into {ckpt.parent}. Next:")
+        print(f"  python sample.py --ckpt {ckpt} --seed 1 --out more.png")
+        print(f"  python evaluate.py stages --ckpt {ckpt}    # FID of each stage")
+
+
+def what_is_due(args: argparse.Namespace, step: int, last: bool) -> set[str]:
+    """Which of log, save, keep and sample are due after this step; the last one is always saved."""
+    due = {"save"} if last else set()
+    for what in ("log", "save", "keep", "sample"):
+        every = getattr(args, f"{what}_every")
+        if every and step % every == 0:
+            due.add(what)
+    return due
+
+
+def distribute(
+    args: argparse.Namespace, model: DoD, device: torch.device, some_without_prior: bool
+) -> torch.nn.Module:
+    """The network to train: compiled with --compile; with several ranks, inside of DDP."""
+    if args.compile:
+        compile_blocks(model, device)
+    if processes()[1] == 1:
+        return model
+
+    # Gradients are averaged over the ranks. The buffers are constants. LEM goes unused wherever no
+    # image of a micro-batch keeps its prior.
+    return DistributedDataParallel(
+        model, broadcast_buffers=False, gradient_as_bucket_view=True,
+        find_unused_parameters=bool(model.config.N) and some_without_prior,
+    )  # fmt: skip
+
+
 def train(args: argparse.Namespace) -> None:
     """The whole run: data, model, steps; at the end, pictures of the loss and of samples."""
     rank, ranks = processes()
-    first = rank == 0
-    ckpt = Path(args.out) / "ckpt.pt"
     device = pick_device(args.device)
     args.precision = resolve_precision(args.precision, device)
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
@@ -862,28 +949,16 @@ def train(args: argparse.Namespace) -> None:
     if args.cache:
         data = open_cache(Path(args.cache), pictures, fingerprint, codec, args.workers)
 
-    # Model, EMA, optimizer: new, or as they were in the checkpoint of this very run.
-    parts = build(args, config, device)
-    model = parts["model"]
-    ema = parts["ema"]
-    optimizer = parts["optimizer"]
-    scaler = parts["scaler"]
-
     # What resume() compares, and what sampling and evaluating must know about the run.
     about = {key: getattr(args, key) for key in RECORDED}
     about |= {"data": args.data, "classes": pictures.classes, "fingerprint": fingerprint}
     about |= {"codec": codec.name, "vae": codec.fingerprint, "config": asdict(config)}
-    done = resume(ckpt, parts, about) if args.resume else 0
 
-    # Several GPUs: gradients are averaged by DistributedDataParallel. The buffers are constants.
-    network = model
-    if args.compile:
-        compile_blocks(model, device)
-    if ranks > 1:
-        network = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True,
-            find_unused_parameters=bool(config.N) and some_without_prior,  # LEM's
-        )  # fmt: skip
+    # Model, EMA, optimizer, scaler: new, or as they were in the checkpoint of this very run.
+    parts = build(args, config, device)
+    ckpt = Path(args.out) / "ckpt.pt"
+    done = resume(ckpt, parts, about) if args.resume else 0
+    network = distribute(args, parts["model"], device, some_without_prior)
 
     # The loader carries pictures (or cached moments) and classes of this rank's share only.
     steps = range(done + 1, args.steps + 1)
@@ -894,83 +969,58 @@ def train(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     # Rank 0 speaks for all: on the screen, in the log, in the checkpoints.
-    log = None
-    held_out_parts = None
-    if first:
-        weights = sum(p.numel() for p in model.parameters()) / 1e6
-        counts = (
-            f"{len(pictures)} pictures in {config.num_classes} classes, {len(held_out)} held out"
-        )
-        print(f"{args.model}: {weights:.2f} M parameters, {config.num_tokens} tokens; {counts}")
-        if not done:
-            print("settings: " + ", ".join(f"{k} {v}" for k, v in sorted(vars(args).items())))
-            # The new run has a checkpoint before it has a log: a log without one is not ours. With
-            # --overwrite, this is where the old run goes, for no flag can be wrong any more.
-            save_checkpoint(ckpt, parts, about, 0)
-            if args.overwrite:
-                for old in ckpt.parent.glob(MILESTONES):
-                    old.unlink()
-        log = open_log(ckpt.with_name("log.jsonl"), done, args.tensorboard)
-        held_out_parts = held_out_batch(held_out, codec, args, config)
+    journal = None
+    if rank == 0:
+        journal = Journal(args, parts, about, pictures, held_out, codec)
+        journal.open(done, config)
 
     # From here on a signal no longer ends the process: it is for the loop to look at `caught`.
     generator = torch.Generator(device)
     caught = catch_signals()
     loaded = iter(loader)
     pending = []  # what the next record of the log will be made of
-    step = done
     stop = False
     began = time.time()
     waited = 0.0
-    bar = tqdm(initial=done, total=args.steps, unit="step", mininterval=1, disable=not first)
+    bar = tqdm(initial=done, total=args.steps, unit="step", mininterval=1, disable=rank > 0)
     try:
-        while step < args.steps and not stop:
-            step += 1
+        for step in steps:
             # The time spent waiting here tells whether the loader keeps up with the device.
             asked = time.time()
             x, y = next(loaded)
             waited += time.time() - asked
             batch = prepare_batch(x, y, share, step, args, config, codec, generator)
-            if first and step == done + 1:
+            if journal and step == done + 1:
                 check_scale(batch[0], codec)
 
             # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
-            for group in optimizer.param_groups:
+            for group in parts["optimizer"].param_groups:
                 group["lr"] = args.lr * min(1, step / max(1, args.warmup))
             losses, norm = training_step(
-                network, ema, optimizer, scaler, batch, keep, step, dtype, args.ema_decay
-            )
+                network, parts["ema"], parts["optimizer"], parts["scaler"], batch, keep, step,
+                dtype, args.ema_decay,
+            )  # fmt: skip
             pending.append((step, batch[2], losses, norm))
             bar.update()
 
             # Now and then: log, save, draw. Only then need the GPU have finished.
             stop = agree_to_stop(step, caught, device)
-            last = stop or step == args.steps
-            save = last or step % args.save_every == 0
-            milestone = args.keep_every > 0 and step % args.keep_every == 0
-            draw = args.sample_every > 0 and step % args.sample_every == 0
-            if not (save or milestone or draw or step % args.log_every == 0):
+            due = what_is_due(args, step, last=stop or step == args.steps)
+            if not due:
                 continue
 
             # The record is made by all ranks together, and written by rank 0.
-            record = summarise(pending, overflow_is_fine=scaler.is_enabled())
+            record = summarise(pending, overflow_is_fine=parts["scaler"].is_enabled())
             seconds = time.time() - began
             record["images_per_s"] = len(pending) * args.batch_size / seconds
             record["waiting_for_data"] = waited / seconds  # a share of the time
             if device.type == "cuda":
                 record["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-            if first:
-                if save and held_out_parts:
-                    record["held_out_loss"] = held_out_loss(ema, held_out_parts)
-                log(record)
-                bar.set_postfix_str(f"loss {record['loss']:.4f}")
-                if milestone:  # before ckpt.pt: a run killed in between repeats this step
-                    save_checkpoint(ckpt.with_name(f"ckpt-{step:07}.pt"), parts, about, step)
-                if save:
-                    save_checkpoint(ckpt, parts, about, step)
-                if draw:
-                    out = ckpt.with_name(f"samples-{step:07}.png")
-                    draw_samples(ema, codec, pictures, args.seed, out)
+            bar.set_postfix_str(f"loss {record['loss']:.4f}")
+            if journal:
+                journal.record(record, due)
+            if stop:
+                break
 
             # The next interval. Saving and drawing do not count in its images per second.
             pending = []
@@ -985,18 +1035,12 @@ def train(args: argparse.Namespace) -> None:
 
     # Ended early, by a signal. The exit status is that of a program ended by Ctrl-C.
     if stop and step < args.steps:
-        if first:
+        if journal:
             print(f"stopped after step {step}; the same command with --resume continues")
         wait()  # until rank 0 has saved: a rank that ends makes torchrun end the others
         sys.exit(130)
-
-    # Ended as planned.
-    if first:
-        plot_log(ckpt.with_name("log.jsonl"), ckpt.with_name("loss.png"))
-        draw_samples(ema, codec, pictures, args.seed, ckpt.with_name("samples.png"))
-        print(f"wrote {', '.join(WRITTEN)} into {ckpt.parent}. Next:")
-        print(f"  python sample.py --ckpt {ckpt} --seed 1 --out more.png")
-        print(f"  python evaluate.py stages --ckpt {ckpt}    # FID of each stage")
+    if journal:
+        journal.finish()
 
 
 def check_scale(x0: torch.Tensor, codec: Codec) -> None:
