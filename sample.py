@@ -164,9 +164,9 @@ def generate(
     hidden = None if progress else True  # None: shown on a terminal only
     bar = tqdm(total=len(y) * stages, desc="sampling", disable=hidden, leave=False)
     for offset in range(0, len(y), batch_size):
-        rows = slice(offset, offset + batch_size)
-        numbers = range(start + offset, start + offset + len(y[rows]))
-        z0 = None if prior is None else prior[rows].to(y.device)
+        group = slice(offset, offset + batch_size)
+        numbers = range(start + offset, start + offset + len(y[group]))
+        z0 = None if prior is None else prior[group].to(y.device)
 
         # Fig. 3a: what a stage has drawn becomes the visual prior of the next one. The noise is
         # fresh in each stage, so nothing but e_s passes from one to the next.
@@ -174,7 +174,7 @@ def generate(
             z1 = noise(shape, seed, numbers, i).to(y.device)
             e_s = None if z0 is None else model.visual_prior(z0)  # once a stage
             z0, spent, guided = sample_stage(
-                model, z1, y[rows], e_s, w[i], guide_on, cfg_channels, cfg_interval, solver, steps
+                model, z1, y[group], e_s, w[i], guide_on, cfg_channels, cfg_interval, solver, steps
             )
 
             # Kept for the caller: every stage's samples, and what they cost.
@@ -516,7 +516,7 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> DoD:
 # -------------------------------------------------------------------------- samples by the thousand
 
 
-def label(n: int, classes: list[int], how: str, seed: int) -> int:
+def class_of_picture(n: int, classes: list[int], how: str, seed: int) -> int:
     """The class of picture n of a set: each class in turn, or a random one by (seed, n).
 
     CHOICE: sets have random labels unless told otherwise, as with SiT, FiTv2, DiT and ADM. The same
@@ -545,7 +545,7 @@ def sample_set(args, model: DoD, codec: Codec, about: dict, settings: dict) -> N
 
         # A chunk is missing unless all of its files exist. Every rank must see the same list, so
         # none writes before all have looked.
-        y = [label(n, about["classes"], args.labels, args.seed) for n in range(args.num)]
+        y = [class_of_picture(n, about["classes"], args.labels, args.seed) for n in range(args.num)]
         files = [folder / f"{n:06}-{k}.png" for n, k in enumerate(y)]
         starts = range(0, args.num, args.batch_size)
         chunks = [range(n, min(n + args.batch_size, args.num)) for n in starts]
@@ -807,7 +807,7 @@ def scales(text: str) -> list[float]:
     return [at_least(float, 1)(word) for word in text.split(",")]
 
 
-def interval(text: str) -> tuple[float, float]:
+def times(text: str) -> tuple[float, float]:
     """An argparse type: LOW,HIGH with 0 <= LOW < HIGH <= 1."""
     low, high = (at_least(float, 0, 1)(word) for word in text.split(","))
     if low >= high:
@@ -856,13 +856,15 @@ def add_sampling_flags(parser: Parser) -> None:
     drops = "what the unconditional branch drops: class and prior, or the prior alone"
     add("--guide-on", choices=["both", "prior"], default="both", help=drops)
     add("--cfg-channels", type=at_least(int, 1), help="guide the first channels only; None: all")
-    add("--cfg-interval", type=interval, default=(0.0, 1.0), help="guide at times LOW,HIGH only")
+    add("--cfg-interval", type=times, default=(0.0, 1.0), help="guide at times LOW,HIGH only")
     add("--seed", type=at_least(int, 0, 2**63), default=0, help="the same seed, the same pictures")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--vae", type=nonempty, help="where the checkpoint's VAE is now; None: where it was")
     add("--overwrite", action="store_true", help="replace files that exist")
 
 
+# Of flags that do not always have an effect.
+DEFAULTS = {"per_class": 4, "cfg_stage1": 1.0, "num": 50_000, "labels": "random", "steps": 50}
 # The flags that generate() takes as they are.
 SETTINGS = ["guide_on", "cfg_channels", "cfg_interval", "solver", "steps", "seed"]
 
@@ -876,14 +878,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # What is drawn, and by which model.
     add("--ckpt", type=nonempty, default=str(SHIPPED), help="checkpoint of train.py")
     add("--classes", type=nonempty, help="A-J, 0-9 or cat,dog; None: the first ten, in sets all")
-    add("--per-class", type=natural, default=4, help="pictures of each class, rows of a block")
+    add("--per-class", type=natural, help="pictures of each class, rows of a block; None: 4")
     add("--stages", type=natural, help="1: no prior; None: 3, in sets 2, without LEM 1")
     add("--cfg", type=scales, help="guidance scales of stages 2, 3, ...; None: the model's own")
-    add("--cfg-stage1", type=at_least(float, 1), default=1.0, help="guidance scale of stage 1")
+    add("--cfg-stage1", type=at_least(float, 1), help="guidance scale of stage 1; None: 1, off")
 
     # How it is drawn. bf16 rounds v too coarsely for RK45, whose error estimate then sees noise.
     add("--solver", choices=["dopri5", "euler"], default="dopri5", help="RK45 or Euler's method")
-    add("--steps", type=natural, default=50, help="Euler steps in each stage")
+    add("--steps", type=natural, help="Euler steps in each stage; None: 50")
     add("--prior", type=nonempty, help="your pictures, a.png,b.png: priors down, classes across")
     add("--batch-size", type=natural, default=256, help="pictures sampled at a time")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: faster, for Euler")
@@ -896,25 +898,41 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--png-dir", type=nonempty, help="a set instead: its folder of PNG files")
     add("--export", type=nonempty, help="instead of sampling, write the EMA weights alone: FILE.pt")
-    add("--num", "--number", type=natural, default=50_000, help="pictures in a set")
-    add("--labels", choices=["random", "balanced"], default="random", help="classes in a set")
+    add("--num", "--number", type=natural, help="pictures in a set; None: 50000")
+    add("--labels", choices=["random", "balanced"], help="classes in a set; None: random")
     add_sampling_flags(parser)
     return parser.parse_args(argv)
 
 
+def refuse_ignored(args: argparse.Namespace, as_set: bool) -> None:
+    """Raises UserError for flags that have no effect on what is asked for."""
+    if as_set:
+        where = "for a set"
+        ignored = ["per_class", "prior"]
+    elif args.prior:  # a single stage, whose priors are the user's own pictures
+        where = "with --prior"
+        ignored = ["per_class", "stages", "cfg_stage1", "num", "labels"]
+    else:
+        where = "without --npz or --png-dir"
+        ignored = ["num", "labels"]
+    for name in ignored:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
+    if args.steps and args.solver == "dopri5":
+        raise UserError("--steps has no effect on RK45, which chooses its own; add --solver euler")
+
+
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that contradict each other or the files that are there."""
-    # What is asked for: a set, or one picture?
-    as_set = args.npz or args.png_dir
+    """Fills in defaults. Raises UserError for flags that contradict each other or the files."""
+    as_set = bool(args.npz or args.png_dir)
     if processes()[1] > 1 and not as_set:
         raise UserError("several ranks are for sets of samples: --npz or --png-dir")
-
-    # With the user's own pictures as priors there is a single stage, and no set. Flags that
-    # would be ignored are refused.
-    if args.prior and (as_set or args.stages):
-        raise UserError("--prior draws one stage into --out; leave out --stages, --npz, --png-dir")
     if args.prior and args.cfg and len(args.cfg) > 1:
         raise UserError("--prior takes one guidance scale --cfg")
+    refuse_ignored(args, as_set)
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
 
     # May it be written? Decided before any work is done.
     if args.export:
@@ -960,14 +978,14 @@ def sample_priors(args, model, codec, names, classes, settings, pictures) -> Non
     # One stage, but one that has a prior, so it is guided like a later stage.
     settings = settings | {"stages": 1, "cfg": args.cfg or [model.config.cfg]}
     nfe = []
-    rows = []
+    lines = []
     for picture in pictures:
         # The same prior for every class; `start` stays 0, so every row has the same noise.
         z0 = codec.encode(picture[None].to(y.device))  # (1, C, H, W)
         prior = z0.expand(len(y), -1, -1, -1)
         sample = generate(model, y, **settings, batch_size=args.batch_size, prior=prior, nfe=nfe)[0]
-        rows.append(torch.cat([codec.decode(z0), codec.decode(sample)]))
-    blocks = [(f"w = {settings['cfg'][0]:g}", torch.cat(rows))]
+        lines.append(torch.cat([codec.decode(z0), codec.decode(sample)]))
+    blocks = [(f"w = {settings['cfg'][0]:g}", torch.cat(lines))]
     draw(args, blocks, ["prior", *(names[k] for k in classes)], nfe)
 
 

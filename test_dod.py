@@ -2011,10 +2011,10 @@ def test_a_checkpoint_is_checked_whole_before_it_is_used(entry, change, words, t
 
 
 def test_labels_of_a_set_are_random_by_number_or_balanced():
-    assert [sample.label(n, [3, 5], "balanced", 0) for n in range(4)] == [3, 5, 3, 5]
-    chosen = [sample.label(n, [3, 5], "random", 0) for n in range(1000)]
+    assert [sample.class_of_picture(n, [3, 5], "balanced", 0) for n in range(4)] == [3, 5, 3, 5]
+    chosen = [sample.class_of_picture(n, [3, 5], "random", 0) for n in range(1000)]
     assert abs(chosen.count(3) - 500) < 80
-    assert chosen != [sample.label(n, [3, 5], "random", 1) for n in range(1000)]
+    assert chosen != [sample.class_of_picture(n, [3, 5], "random", 1) for n in range(1000)]
 
 
 SET = ["--device", "cpu", "--solver", "euler", "--steps", 2, "--seed", 7, "--batch-size", 4]
@@ -2025,7 +2025,7 @@ def test_a_set_of_samples_is_pictures_that_depend_on_their_number_alone(trained,
     assert run(sample, *flags, "--npz", tmp_path / "one.npz") == 0
 
     # The .npz is what guided-diffusion's evaluator reads, with a note of what it was made of.
-    y = [sample.label(n, list(range(10)), "random", 7) for n in range(9)]
+    y = [sample.class_of_picture(n, list(range(10)), "random", 7) for n in range(9)]
     with np.load(tmp_path / "one.npz") as file:
         images = file["arr_0"]
         note = json.loads(str(file["about"]))
@@ -2253,7 +2253,14 @@ def belongings(trained, tmp_path_factory) -> tuple[Path, dict[Path, bytes]]:
     ("SAMPLES . --out new", "mine.npz"),
     ("TRAIN --data broken --out new", "broken/b/bad.png is not a readable picture"),
     # Flags.
-    ("SAMPLE --prior mine.png --stages 2 --out new.png", "--prior draws one stage"),
+    ("SAMPLE --prior mine.png --stages 2 --out new.png", "--stages has no effect with --prior"),
+    ("sample --prior mine.png --per-class 2", "--per-class has no effect with --prior"),
+    ("sample --prior mine.png --cfg-stage1 2", "--cfg-stage1 has no effect with --prior"),
+    ("sample --prior mine.png --npz new.npz", "--prior has no effect for a set"),
+    ("sample --per-class 2 --png-dir new", "--per-class has no effect for a set"),
+    ("sample --num 9 --out new.png", "--num has no effect without --npz"),
+    ("sample --labels random --out new.png", "--labels has no effect without --npz"),
+    ("sample --steps 9 --out new.png", "--steps has no effect on RK45"),
     ("SAMPLE --npz=", "the name is empty"),
     ("SAMPLE --device meta", "device meta is not available"),
     ("evaluate stages --ckpt=", "the name is empty"),
