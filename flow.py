@@ -211,8 +211,8 @@ def dopri5(
     Every image has its own time and step size, as if it were alone: an image whose step is rejected
     tries again while the others advance, and an image that has finished leaves the batch. So the
     result does not depend on the batch, and equals that of SciPy's `RK45` for each image (the same
-    norm and factors). CHOICE: the paper says "dopri5, same as SiT"; the tolerances are SiT's, but
-    SiT's solver shares one step size among the images of a batch.
+    norm and factors). DEVIATION: the paper says "dopri5, same as SiT"; the tolerances are SiT's,
+    but SiT's solver shares one step size among the images of a batch.
 
     Raises FloatingPointError if f is not finite or a step becomes too small to advance t.
     """

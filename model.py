@@ -213,7 +213,8 @@ class Block(nn.Module):
 
     This S^i is not the sample token S of Eq. 5: the paper uses the letter twice. W^g is shared by
     all blocks, and W^g c arrives as `global_S`; each block adds its own low-rank part.
-    beta shifts, gamma scales, alpha gates. DEVIATION: Eq. 10 omits the SiLU on c and the biases.
+    beta shifts, gamma scales, alpha gates. DEVIATION: Eq. 10 omits the SiLU on c (and, as the paper
+    says itself, the biases).
     """
 
     def __init__(self, config: Config):
