@@ -24,6 +24,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -499,23 +500,19 @@ def load_network(args: argparse.Namespace, run: Run | None) -> tuple[Callable, d
     return classifier(Path(args.ckpt), run.saved, run.training)
 
 
+@dataclass
 class Comparison:
-    """The rows of a table: sets of pictures against the same real ones; the first is the floor.
+    """The rows of a table: sets of pictures against the same real ones; the first is the floor."""
 
-    real (n, channels, size, size) and y (n,): the real pictures and their classes; measured, other:
-    the features of these and of as many training pictures; reference: what the real ones are.
-    """
-
-    def __init__(self, network, facts: dict, reference: str, real, y, measured, other):
-        self.network = network
-        self.facts = facts
-        self.reference = reference
-        self.real = real
-        self.y = y
-        self.measured = measured
-        self.other = other
-        self.rows = []
-        self.blocks = [("real", real[:10])]
+    network: Callable
+    facts: dict  # what the report says of the network
+    reference: str  # what the real pictures are
+    real: torch.Tensor  # (n, channels, size, size)
+    y: torch.Tensor  # (n,) their classes
+    measured: Measured  # their features
+    other: Measured  # those of as many training pictures
+    rows: list[dict]
+    blocks: list[tuple[str, torch.Tensor]]  # ten pictures of each row
 
     def add(self, row: dict, images: torch.Tensor) -> None:
         """Measures pictures of the classes y and adds their row."""
@@ -557,9 +554,8 @@ def open_comparison(args: argparse.Namespace, run: Run) -> Comparison:
     if facts["features"] == "classifier":
         floor["recognised"] = recognised(other, torch.tensor([label for _, label in half]))
 
-    table = Comparison(network, facts, reference, real, y, measured, other)
-    table.rows.append(floor)
-    return table
+    blocks = [("real", real[:10])]
+    return Comparison(network, facts, reference, real, y, measured, other, [floor], blocks)
 
 
 def recognised(fake: Measured, y: torch.Tensor) -> float:

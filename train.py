@@ -25,7 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -839,17 +839,21 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> dic
     return {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
 
 
+@dataclass
 class Journal:
     """What rank 0 writes into --out: checkpoints, log, pictures. The other ranks have none."""
 
-    def __init__(self, args, parts: dict, about: dict, pictures, held_out, codec: Codec):
-        self.args = args
-        self.parts = parts
-        self.about = about
-        self.pictures = pictures
-        self.held_out = held_out
-        self.codec = codec
-        self.ckpt = Path(args.out) / "ckpt.pt"
+    args: argparse.Namespace
+    parts: dict  # model, ema, optimizer, scaler
+    about: dict  # what checkpoints say of the run
+    pictures: Pictures
+    held_out: Pictures
+    codec: Codec
+
+    @property
+    def ckpt(self) -> Path:
+        """The latest checkpoint; everything else lies beside it."""
+        return Path(self.args.out) / "ckpt.pt"
 
     def open(self, done: int, config: Config) -> None:
         """Says what the run is, and opens the log after the `done` steps of an earlier one."""
