@@ -672,6 +672,8 @@ def test_table4_counts_what_a_stage_really_runs():
     assert model.training_macs(CONFIGS["DoD-B"], p_s=0)["ours"] == macs["naive"]
     quarter = model.training_macs(CONFIGS["DoD-B"], p_s=0.25)
     assert quarter["ours"] == (macs["ours"] + macs["naive"]) / 2
+    attention = 12 * 2 * 256**2 * 768 + 0.75 * 12 * 2 * 288**2 * 768
+    assert quarter["attention"] == attention
 
 
 def test_any_size_channels_and_classes_work():
@@ -1379,7 +1381,10 @@ def test_an_old_run_stays_unless_overwritten_and_then_goes_first(
     assert "is not divisible by" in error_of(capfd)
     assert (tmp_path / "a/ckpt.pt").read_bytes() == (trained / "ckpt.pt").read_bytes()
 
-    # Then it goes first: killed in its first step, the new run leaves a checkpoint of its own.
+    # Then it goes first, with its milestones: killed in its first step, the new run leaves a
+    # checkpoint of its own.
+    shutil.copy(trained / "ckpt.pt", tmp_path / "a/ckpt-0000006.pt")
+
     class Killed(BaseException):
         pass
 
@@ -1391,6 +1396,7 @@ def test_an_old_run_stays_unless_overwritten_and_then_goes_first(
         run(train, *old, "--overwrite")
     assert saved(tmp_path / "a")["step"] == 0
     assert records_of(tmp_path / "a") == []
+    assert not (tmp_path / "a/ckpt-0000006.pt").exists()
 
 
 def test_resuming_before_the_first_save_keeps_the_milestones(trained, no_pictures, tmp_path):
