@@ -708,17 +708,20 @@ def cost(args: argparse.Namespace) -> None:
     backward, attention included. gflops: of sampling, see follow().
     """
     methods = {}  # name of a run and a method -> its rows, one for each report
-    for path in args.reports:
-        found = read_report(path)
+    reports = [read_report(path) for path in args.reports]
+    floor = reports[0]["rows"][0]["fid"]
+    for path, found in zip(args.reports, reports, strict=True):
+        # FIDs of different pictures, or of another classifier, do not belong into one figure.
         saved = found["checkpoint"]
+        if saved["fingerprint"] != reports[0]["checkpoint"]["fingerprint"]:
+            raise UserError(f"{path} and {args.reports[0]} are about different pictures")
         images = saved["step"] * saved["batch_size"]
         macs = training_macs(Config(**saved["config"]), saved["p_s"])
         tflops = 6 * (macs["ours"] + macs["attention"]) * images / 1e12
 
         # Stage 1 is two methods: without guidance, as in Fig. 3a, and guided by the class alone.
         scans = {}
-        floor, *rows = found["rows"]
-        for row in rows:
+        for row in found["rows"][1:]:  # after the floor
             guided = row["what"] == "stage 1" and row["guidance"] > 1
             scans.setdefault("class guidance" if guided else row["what"], []).append(row)
         for what, scan in scans.items():
@@ -736,7 +739,7 @@ def cost(args: argparse.Namespace) -> None:
         curves[name] = [(row["images"], row["fid"]) for row in rows]
         points += rows
     labels = {"title": "FID at the best w", "xlabel": "training images", "xscale": "log"}
-    draw_curves(beside(args.out, ".png"), args.overwrite, curves, floor["fid"], labels)
+    draw_curves(beside(args.out, ".png"), args.overwrite, curves, floor, labels)
     report(args, points, {"count": len(args.reports)})
 
 
@@ -849,11 +852,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     natural = at_least(int, 1)
 
-    # What all commands have in common. The first line of a docstring is the help of its command.
-    def add_command(function: Callable, ckpt: str | None) -> Parser:
+    # The first line of a docstring is the help of its command.
+    def name_command(function: Callable) -> Parser:
         summary = function.__doc__.splitlines()[0]
         command = commands.add_parser(function.__name__, help=summary, description=summary)
         command.set_defaults(function=function)
+        return command
+
+    # What the commands have in common that work on a run.
+    def add_command(function: Callable, ckpt: str | None) -> Parser:
+        command = name_command(function)
         command.add_argument("--ckpt", type=nonempty, default=ckpt, help="checkpoint of train.py")
         command.add_argument("--data", type=nonempty, help="where the training pictures are now")
         command.add_argument(
@@ -905,9 +913,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         command.add_argument("--overwrite", action="store_true", help="replace --out")
 
     # Reports are all that this command reads.
-    summary = cost.__doc__.splitlines()[0]
-    command = commands.add_parser("cost", help=summary, description=summary)
-    command.set_defaults(function=cost)
+    command = name_command(cost)
     command.add_argument("reports", nargs="+", help="reports of `stages`, of any runs and steps")
     command.add_argument("--out", type=nonempty, default="cost.json", help="JSON report")
     command.add_argument("--overwrite", action="store_true", help="replace --out")
@@ -939,6 +945,7 @@ def main() -> None:
     may_write(args.out, (".json",), args.overwrite)
     if args.command in ("stages", "reconstruct", "cost"):
         may_write(beside(args.out, ".png"), (".png",), args.overwrite)
+    if args.command in ("stages", "reconstruct"):
         may_write(beside(args.out, ".pictures.png"), (".png",), args.overwrite)
     args.function(args)
 

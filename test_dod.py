@@ -2795,6 +2795,7 @@ def test_fig4_stages_reports_floor_stages_and_class_guidance(ckpt, monkeypatch, 
 def test_fig2_cost_takes_each_method_at_its_best_scale_by_training_pictures(tmp_path, capsys):
     def write(name, step, config, rows):
         saved = {"step": step, "batch_size": 64, "p_s": 0.25, "config": asdict(config)}
+        saved["fingerprint"] = "digits" if name == "other" else "letters"
         found = {"command": "stages", "ckpt": f"out/{name}/ckpt.pt", "checkpoint": saved}
         floor = {"what": "training pictures", "fid": 0.5}
         keys = ("what", "guidance", "fid_training", "fid", "gflops")
@@ -2811,6 +2812,7 @@ def test_fig2_cost_takes_each_method_at_its_best_scale_by_training_pictures(tmp_
         write("a", 10, TINY, [("stage 2", 2, 5, 4, 3), ("stage 2", 3, 4, 5, 3)]),
     ]
     out = tmp_path / "found.json"
+    (tmp_path / "found.pictures.png").touch()  # cost writes no such file, so it may be there
     assert run(evaluate, "cost", *reports, "--out", out) == 0
     rows = json.loads(out.read_text())["rows"]
     found = [tuple(row[key] for key in ("what", "images", "guidance", "fid")) for row in rows]
@@ -2829,8 +2831,13 @@ def test_fig2_cost_takes_each_method_at_its_best_scale_by_training_pictures(tmp_
         assert row["tflops"] == pytest.approx(flops / 1e12)
     assert Image.open(tmp_path / "found.png").width > 500
 
-    # Not a report, or not one of stages. Neither report nor figure is replaced unasked.
+    # Other pictures have another classifier: their FIDs do not belong into the same figure.
     capsys.readouterr()
+    other = write("other", 10, TINY, [("stage 1", 1, 9, 8, 1)])
+    assert run(evaluate, "cost", *reports, other, "--out", tmp_path / "new.json") == 2
+    assert "are about different pictures" in capsys.readouterr().err
+
+    # Not a report, or not one of stages. Neither report nor figure is replaced unasked.
     for text in ("", "[1]", "{}", '{"command": "probe"}'):
         (tmp_path / "other.json").write_text(text)
         assert run(evaluate, "cost", tmp_path / "other.json", "--out", tmp_path / "new.json") == 2
