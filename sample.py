@@ -901,12 +901,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--num", "--number", type=natural, help="pictures in a set; None: 50000")
     add("--labels", choices=["random", "balanced"], help="classes in a set; None: random")
     add_sampling_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+
+    # A set of samples, or a single picture? Most of what follows depends on it.
+    args.as_set = bool(args.npz or args.png_dir)
+    return args
 
 
-def refuse_ignored(args: argparse.Namespace, as_set: bool) -> None:
+def refuse_ignored(args: argparse.Namespace) -> None:
     """Raises UserError for flags that have no effect on what is asked for."""
-    if as_set:
+    if args.as_set:
         where = "for a set"
         ignored = ["per_class", "prior"]
     elif args.prior:  # a single stage, whose priors are the user's own pictures
@@ -924,12 +928,11 @@ def refuse_ignored(args: argparse.Namespace, as_set: bool) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Fills in defaults. Raises UserError for flags that contradict each other or the files."""
-    as_set = bool(args.npz or args.png_dir)
-    if processes()[1] > 1 and not as_set:
+    if processes()[1] > 1 and not args.as_set:
         raise UserError("several ranks are for sets of samples: --npz or --png-dir")
     if args.prior and args.cfg and len(args.cfg) > 1:
         raise UserError("--prior takes one guidance scale --cfg")
-    refuse_ignored(args, as_set)
+    refuse_ignored(args)
     for name, default in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -939,7 +942,7 @@ def check(args: argparse.Namespace) -> None:
         may_write(args.export, (".pt",), args.overwrite)
     elif args.npz:
         may_write(args.npz, (".npz",), args.overwrite)
-    elif not as_set:
+    elif not args.as_set:
         may_write(args.out, (".png", ".jpg", ".webp"), args.overwrite)
 
 
@@ -992,8 +995,7 @@ def sample_priors(args, model, codec, names, classes, settings, pictures) -> Non
 def choose_stages(args: argparse.Namespace, config: Config) -> tuple[int, list[float]]:
     """-> the number of stages, and the guidance scale of each of them. Raises UserError."""
     # As many as --stages says; else 3 for a look, 2 for a score (section 4.2), 1 without LEM.
-    as_set = args.npz or args.png_dir
-    stages = args.stages or (2 if as_set else 3)
+    stages = args.stages or (2 if args.as_set else 3)
     if not config.N and not args.stages:
         stages = 1
 
@@ -1015,7 +1017,6 @@ def main() -> None:
     device = pick_device(args.device)
     model = load_model(checkpoint, device)
     codec = codec_of(checkpoint, args.vae, device)
-    as_set = bool(args.npz or args.png_dir)
 
     # What generate() is told: flags as they are, and the plan of the stages.
     stages, cfg = choose_stages(args, model.config)
@@ -1026,13 +1027,13 @@ def main() -> None:
     classes = list(range(len(names)))
     if args.classes:
         classes = parse_classes(args.classes, names)
-    elif not as_set:
+    elif not args.as_set:
         classes = classes[:10]
 
     # Ranks share files, not tensors, so gloo will do.
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     with process_group(torch.device("cpu")), bf16:
-        if as_set:
+        if args.as_set:
             # All that a set depends on: the note that travels with it. The class table stands
             # for the weights, because every step of training changes it.
             weights = model.label.weight.detach().cpu().numpy().tobytes()
