@@ -849,6 +849,9 @@ class Journal:
     pictures: Pictures
     held_out: Pictures
     codec: Codec
+    # Both made by open(), once the run is known to be ours.
+    log: Callable | None = None
+    held_out_parts: list | None = None
 
     @property
     def ckpt(self) -> Path:
