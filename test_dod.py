@@ -3299,6 +3299,13 @@ def test_every_command_of_the_readme_parses():
             PROGRAMS[f"{script}.py"].parse(flags.split())
 
 
+def test_the_readme_s_code_blocks_open_and_close_at_the_beginning_of_a_line():
+    # A fence behind text does not open a block, and would turn all that follows inside out.
+    text = README.read_text()
+    assert text.count("```") == len(re.findall(r"^```\w*$", text, re.MULTILINE))
+    assert text.count("```") % 2 == 0
+
+
 def test_every_row_of_the_readme_s_map_exists():
     # Each function, class and test that a row names exists.
     table = README.read_text().split("## Paper → code → test")[1].split("\n## ")[0]

@@ -844,6 +844,7 @@ class Journal:
     """What rank 0 writes into --out: checkpoints, log, pictures. The other ranks have none."""
 
     args: argparse.Namespace
+    ckpt: Path  # the latest checkpoint; everything else lies beside it
     parts: dict  # model, ema, optimizer, scaler
     about: dict  # what checkpoints say of the run
     pictures: Pictures
@@ -852,11 +853,6 @@ class Journal:
     # Both made by open(), once the run is known to be ours.
     log: Callable | None = None
     held_out_parts: list | None = None
-
-    @property
-    def ckpt(self) -> Path:
-        """The latest checkpoint; everything else lies beside it."""
-        return Path(self.args.out) / "ckpt.pt"
 
     def open(self, done: int, config: Config) -> None:
         """Says what the run is, and opens the log after the `done` steps of an earlier one."""
@@ -978,7 +974,7 @@ def train(args: argparse.Namespace) -> None:
     # Rank 0 speaks for all: on the screen, in the log, in the checkpoints.
     journal = None
     if rank == 0:
-        journal = Journal(args, parts, about, pictures, held_out, codec)
+        journal = Journal(args, ckpt, parts, about, pictures, held_out, codec)
         journal.open(done, config)
 
     # From here on a signal no longer ends the process: it is for the loop to look at `caught`.
