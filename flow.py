@@ -4,15 +4,9 @@ A rectified flow (Liu et al., 2023) joins each data point x_0 to a noise point x
 line and learns the mean velocity v of all lines that pass through (x_t, t). Sampling follows v from
 noise back to data. Time: t = 0 is data, t = 1 is noise, so the solvers run from 1 down to 0.
 
-The solvers know neither images nor networks. They take any function `f(x, t, rows) -> dx/dt`:
-    x (b, ...) states, t (b,) times, rows (b,) which of the B states these are.
-Rows are needed because each image has its own step size: images finish at different times, and
-those that have finished leave the batch.
-
-    python flow.py      # a 2-D flow of known velocity: paths, field, error against cost
+    python flow.py      # a 2-D flow of known velocity: its paths, and both solvers' errors
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +14,6 @@ from pathlib import Path
 import torch
 
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
 
 # ----------------------------------------------------------------------- training: Eqs. 1, 3 and 11
 
@@ -55,9 +48,9 @@ def keeps_prior(n: int, p_s: float) -> list[bool]:
     """Which of the n positions of a batch keep their prior; round(p_s n) get S (section 3.3).
 
     CHOICE: the paper drops the prior of each image with probability p_s; we drop exactly that share
-    of a batch. A batch is a piece of a random permutation, so fixed positions are a random subset
-    of the images. They are spread evenly: every contiguous part of a batch (the share of one GPU)
-    drops its own p_s, to within one image.
+    of a batch, always at the same positions. The images are shuffled, so which image lands on such
+    a position is still random. The positions are spread evenly: every contiguous part of a batch
+    (the share of one GPU) drops its own p_s, to within one image.
     """
     # Position i loses its prior where the rounded number of dropped images, i p_s, goes up.
     dropped_before = [round(i * p_s) for i in range(n + 1)]
@@ -70,6 +63,11 @@ def rectified_flow_loss(model, x0, y, x1, t, keep) -> torch.Tensor:
     x0, x1 (B, C, H, W) data and noise; y (B,) classes; t (B,) times; keep (k,) the rows of the
     batch that keep their prior. `model` is a DoD, possibly inside DistributedDataParallel.
     CHOICE: the square is averaged over an image's elements, not summed.
+
+    Why this gives the velocity of the flow: many lines from data to noise pass through one x_t, and
+    the network cannot know which of them it is on. A squared error is least at the mean, so the
+    minimiser is v(x, t) = E[x_1 - x_0 | x_t = x], the mean velocity of all lines through x. Points
+    that follow this mean have the same distribution at each t as points on the lines.
     """
     # DistributedDataParallel wraps forward() only; S and LEM are reached through its `module`.
     dod = getattr(model, "module", model)
@@ -85,7 +83,7 @@ def rectified_flow_loss(model, x0, y, x1, t, keep) -> torch.Tensor:
 
     v = model(x_t, t, y, e_s)  # the velocity that the network predicts
 
-    # Under autocast the network answers in bf16 or fp16; the loss is computed in fp32.
+    # Under autocast the network answers in bf16; the loss is computed in fp32.
     return ((x1 - x0) - v.float()).square().flatten(1).mean(1)
 
 
@@ -113,10 +111,8 @@ def guide(
 def euler(f: Velocity, x1: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 4 with tau_i = i / steps: x <- x - v(x, tau) / steps, from t = 1 to t = 0.
 
-    x1 (B, ...) noise -> x0 (B, ...) and the evaluations of f spent on each image (B,): `steps`.
-    It never waits for a GPU, so it leaves checking that x0 is finite to the caller.
-    CHOICE: the grid of times is uniform. SiT's `num_steps` counts its points, one more than steps.
-    Raises ValueError for steps < 1.
+    f: see dopri5. x1 (B, ...) noise -> x0 (B, ...) and the evaluations of f spent on each image
+    (B,): `steps`, at least 1. CHOICE: the grid is uniform; SiT's `num_steps` counts its points.
     """
     if steps < 1:
         raise ValueError(f"{steps} Euler steps; at least 1 is needed")
@@ -129,9 +125,9 @@ def euler(f: Velocity, x1: torch.Tensor, steps: int) -> tuple[torch.Tensor, torc
 
 
 # RK45, also called dopri5: the Runge-Kutta pair of Dormand & Prince (1980), of orders 5 and 4.
-# Nodes C, matrix A, and E = B_hat - B, which turns the slopes k of a step into an estimate of its
-# error. The last row of A holds the weights B of order 5, so the last slope of a step is the first
-# one of the next step ("first same as last", FSAL).
+# C are its nodes, A its matrix. The last row of A holds the weights of order 5, so the last slope
+# of a step is the first one of the next step ("first same as last", FSAL). E are the weights of
+# order 4 minus those of order 5: they turn the slopes of a step into an estimate of its error.
 C = [0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1]
 A = [
     [],
@@ -166,17 +162,14 @@ def rk45_step(f: Velocity, x, t, h, k1, rows):
         t_new = (t - c * h).to(x)
         k.append(finite(f(x_new, t_new, rows), t_new))
 
-    # The result of order 5 minus that of order 4; both come from the same slopes.
+    # The step goes down in t, so h E k is the result of order 5 minus that of order 4.
     error = h_x * sum(e * k_j for e, k_j in zip(E, k, strict=True))
     return x_new, error, k[-1]
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
     """Root mean square of each image alone: (b, ...) -> (b,), in double precision, on the CPU."""
-    x = x.flatten(1)
-    if x.device.type != "mps":  # Apple's GPUs have no double precision
-        x = x.double()
-    return x.square().mean(1).sqrt().cpu().double()
+    return x.flatten(1).double().square().mean(1).sqrt().cpu()
 
 
 def first_step(f: Velocity, x, t, k1, rows, rtol: float, atol: float) -> torch.Tensor:
@@ -208,6 +201,9 @@ def dopri5(
 
     x1 (B, ...) noise -> x0 (B, ...) and the evaluations of f spent on each image (B,).
 
+    The solver knows neither images nor networks: f(x, t, rows) -> dx/dt is any function of states
+    x (b, ...), times t (b,) and rows (b,), which say which of the B images these are.
+
     Every image has its own time and step size, as if it were alone: an image whose step is rejected
     tries again while the others advance, and an image that has finished leaves the batch. So the
     result does not depend on the batch, and equals that of SciPy's `RK45` for each image (the same
@@ -228,7 +224,7 @@ def dopri5(
     was_rejected = torch.zeros_like(rows, dtype=torch.bool)
 
     while len(rows):
-        # 1. The last step is cut so that it ends at t = 0. (The negation also catches NaN.)
+        # 1. The last step is cut so that it ends at t = 0.
         h_now = torch.minimum(h[rows], t[rows])
         if not (h_now >= 10 * torch.finfo(t.dtype).eps * t[rows]).all():
             raise FloatingPointError(f"RK45's step is too small at t = {t[rows].min().item():.6f}")
@@ -279,12 +275,18 @@ def mixture_velocity(centres: torch.Tensor, sigma: float) -> Velocity:
     return f
 
 
-def draw_flow(f: Velocity, x1: torch.Tensor, exact: torch.Tensor, curves: dict):
-    """-> a figure: the paths from noise to data, the field v at t = 0.5, error against cost."""
+def main() -> None:
+    """Draws a 2-D rectified flow and prints both solvers' errors against the evaluations spent."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 5), layout="tight")
-    paths, field, costs = figure.subplots(1, 3)
+    # The data: eight small Gaussians on a circle, so the exact velocity is known. The reference
+    # solution has tolerances far below all those compared here.
+    angle = torch.arange(8, dtype=torch.float64) * math.tau / 8
+    centres = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    f = mixture_velocity(centres, sigma=0.1)
+    noise = torch.Generator().manual_seed(0)
+    x1 = torch.randn(512, 2, dtype=torch.float64, generator=noise)
+    exact, _ = dopri5(f, x1, rtol=1e-12, atol=1e-12)
 
     # Left: 100 of the points on their way, recorded at each of 100 Euler steps.
     visited = [x1]
@@ -295,71 +297,32 @@ def draw_flow(f: Velocity, x1: torch.Tensor, exact: torch.Tensor, curves: dict):
 
     euler(recording, x1, 100)
     lines = torch.stack([*visited, exact])[:, :100]  # (102, 100, 2)
+    figure = Figure(figsize=(11, 5), layout="tight")
+    paths, costs = figure.subplots(1, 2)
     paths.plot(lines[..., 0], lines[..., 1], color="0.8", linewidth=0.6, zorder=0)
     paths.scatter(*x1.T, s=4, label="noise, t = 1")
     paths.scatter(*exact.T, s=4, label="data, t = 0")
     paths.set(title="Eq. 2: following v from noise to data", aspect="equal")
     paths.legend()
 
-    # Middle: where v sends a point at half time. Sampling goes against v, so -v is drawn.
-    axis = torch.linspace(-3, 3, 21, dtype=x1.dtype)
-    places = torch.cartesian_prod(axis, axis)  # (441, 2)
-    v = f(places, torch.full((len(places),), 0.5, dtype=x1.dtype), None)
-    field.quiver(*places.T, *-v.T, color="0.4")
-    field.set(title="The field -v(x, t) at t = 0.5", aspect="equal")
-
-    # Right: the error that remains after a given number of evaluations.
-    for name, (cost, error) in curves.items():
-        costs.loglog(cost, error, "o-", label=name)
-    costs.set(title="Error against cost", xlabel="evaluations of v per point", ylabel="mean error")
-    costs.legend()
-    return figure
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Draws a 2-D rectified flow and prints both solvers' errors against the evaluations spent."""
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--out", default="out/flow.png", help="picture (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    args = parser.parse_args(argv)
-    out = Path(args.out)
-    if out.suffix != ".png":
-        parser.exit(2, f"flow.py: error: --out {out} does not end in .png; try {out}.png\n")
-    if out.is_dir() or (out.exists() and not args.overwrite):
-        parser.exit(2, f"flow.py: error: {out} exists; give another --out, or --overwrite\n")
-
-    # The data: eight small Gaussians on a circle, so the exact velocity is known.
-    angle = torch.arange(8, dtype=torch.float64) * math.tau / 8
-    centres = 2 * torch.stack([angle.cos(), angle.sin()], dim=1)
-    f = mixture_velocity(centres, sigma=0.1)
-    noise = torch.Generator().manual_seed(0)
-    x1 = torch.randn(512, 2, dtype=torch.float64, generator=noise)
-
-    # The reference solution: tolerances far below all those compared here.
-    exact, _ = dopri5(f, x1, rtol=1e-12, atol=1e-12)
-
-    # Each solver from coarse to fine.
+    # Right: the error that remains after a given number of evaluations, from coarse to fine.
     runs = {
         "Euler": [euler(f, x1, steps) for steps in (5, 10, 20, 40, 80, 160, 320)],
         "RK45": [dopri5(f, x1, rtol=10**-k, atol=10**-k) for k in range(1, 9)],
     }
     print("solver   evaluations per point   mean error")
-    curves = {}
     for name, results in runs.items():
         cost = [nfe.double().mean().item() for _, nfe in results]
         error = [(x - exact).norm(dim=1).mean().item() for x, _ in results]
-        curves[name] = (cost, error)
+        costs.loglog(cost, error, "o-", label=name)
         for c, e in zip(cost, error, strict=True):
             print(f"{name:8} {c:21.1f}   {e:10.2e}")
+    costs.set(title="Error against cost", xlabel="evaluations of v per point", ylabel="mean error")
+    costs.legend()
 
-    # A picture that cannot be written is the user's to fix: one line, no traceback.
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure = draw_flow(f, x1, exact, curves)
-        with open(out, "wb" if args.overwrite else "xb") as file:  # x: fails if it exists by now
-            figure.savefig(file, format="png", dpi=100)
-    except OSError as error:
-        parser.exit(2, f"flow.py: error: cannot write {out}: {error.strerror}\n")
+    out = Path("out/flow.png")
+    out.parent.mkdir(exist_ok=True)
+    figure.savefig(out, dpi=100)
     print(f"wrote {out}")
 
 

@@ -1,6 +1,6 @@
 """lem.py -- the Latent Embedding Module: where the visual prior comes from. Section 3.2, Eqs. 6-7.
 
-A picture that conditions its own generation must not say too much. If the diffusion model were
+An image that conditions its own generation must not say too much. If the diffusion model were
 handed the whole latent, it would simply copy it. LEM is the bottleneck between the two: its encoder
 reads all patches of a latent z_0 and writes what matters into N short vectors; its decoder unfolds
 those vectors into one condition vector for each patch, which the backbone (model.py) adds to its
@@ -10,10 +10,12 @@ class and time embeddings.
 
 Both halves are plain vision transformers (Dosovitskiy et al., 2020). There is no reconstruction
 loss: only the gradient of the rectified-flow loss, through e_s, teaches LEM what is worth keeping.
-`Patches`, at the end of the file, is the same module without a bottleneck, for comparison.
+The two classes at the end of the file take its place for comparison: `Patches` compresses nothing,
+`Means` compresses without learning.
 
-Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens, d_l width of LEM,
-N latent tokens of d_e numbers each.
+Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens (in Eq. 4 the paper
+uses T for the number of sampling steps, our `steps`), d_l width of LEM, N latent tokens of d_e
+numbers each.
 
     python lem.py        # shapes and compression for the paper's DoD-B
 """
@@ -28,10 +30,8 @@ def sincos_2d(dim: int, rows: int, columns: int) -> torch.Tensor:
 
     The first half of the channels encodes the row, the second half the column, each of them as
     [sin(w_k i), cos(w_k i)] with w_k = 10000^(-4k / dim), k = 0 .. dim/4 - 1.
-    Raises ValueError if dim is not a multiple of 4.
+    `dim` must be a multiple of 4.
     """
-    if dim % 4:
-        raise ValueError(f"2-D sines and cosines need a width that is a multiple of 4, not {dim}")
     w = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
 
     # The column changes fastest, as in patchify: token k lies at (k // columns, k % columns).
@@ -134,7 +134,10 @@ class LEM(nn.Module):
         """Eq. 7, e_s = Dec((M + PE) ⊕ L_hat): (B, N, d_e) latent tokens -> (B, T, d_l)."""
         mask = (self.mask_token + self.pos_decoder).expand(len(l_hat), -1, -1)  # (B, T, d_e)
         x = self.from_d_e(torch.cat([mask.to(l_hat.dtype), l_hat], dim=1))  # (B, T + N, d_l)
-        x = self.decoder(x.to(mask.dtype))  # the residual stream is fp32, under autocast too
+
+        # Under autocast the linear layer above answers in bf16. Blocks add to their input, and
+        # sums of many small terms need the precision of fp32.
+        x = self.decoder(x.to(mask.dtype))
 
         # Only the patches leave the decoder: one condition vector for each token of the backbone.
         x = x[:, : self.num_tokens]  # (B, T, d_l)
@@ -146,10 +149,11 @@ class LEM(nn.Module):
 
 
 class Patches(nn.Module):
-    """What LEM replaces, "directly using the generated latents as conditions" (section 1).
+    """What LEM replaces: "directly using the generated latents as conditions" (section 1).
 
     Every patch reaches the backbone whole, through a single linear layer. The model then learns to
-    copy its prior, so stage 2 only repeats stage 1. Try it: `train.py --prior-from patches`.
+    copy its prior, so stage 2 only repeats stage 1:
+    `python train.py --prior-from patches --out out/patches`.
     """
 
     def __init__(self, latent_channels: int, p: int, d: int):
@@ -161,9 +165,28 @@ class Patches(nn.Module):
         """Latents (B, C, H, W) -> their patches (B, T, p * p * C): nothing is left out."""
         return patchify(z, self.p)
 
+    def decode(self, l_hat: torch.Tensor) -> torch.Tensor:
+        """What `encode` returned -> (B, T, d), of the backbone's width."""
+        return self.embed(l_hat)
+
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, H, W) -> (B, T, d), of the backbone's width."""
-        return self.embed(self.encode(z))
+        """Latents (B, C, H, W) -> (B, T, d)."""
+        return self.decode(self.encode(z))
+
+
+class Means(Patches):
+    """A bottleneck that learns nothing: each patch's mean, that is, the latent shrunk by p.
+
+    It passes T * C numbers. Must a bottleneck be learned at all? `--prior-from means` asks that.
+    """
+
+    def __init__(self, latent_channels: int, p: int, d: int):
+        super().__init__(latent_channels, 1, d)  # to the linear layer, a mean is a 1 x 1 patch
+        self.p = p
+
+    def encode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, H, W) -> the mean of each patch (B, T, C)."""
+        return F.avg_pool2d(z, self.p).flatten(2).transpose(1, 2).contiguous()
 
 
 def main() -> None:
@@ -175,7 +198,7 @@ def main() -> None:
         e_s = lem.decode(l_hat)
     parameters = sum(p.numel() for p in lem.parameters())
     print(f"Latent Embedding Module of DoD-B: {parameters / 1e6:.2f} M parameters (Table 1: 86)")
-    print(f"  z_0    {tuple(z.shape)!s:18} {z.numel():7,} numbers   a 256 x 256 picture's latent")
+    print(f"  z_0    {tuple(z.shape)!s:18} {z.numel():7,} numbers   a 256 x 256 image's latent")
     print(f"  L_hat  {tuple(l_hat.shape)!s:18} {l_hat.numel():7,} numbers   Eq. 6: all that passes")
     print(f"  e_s    {tuple(e_s.shape)!s:18} {e_s.numel():7,} numbers   Eq. 7: a vector per patch")
     print(f"  compression {z.numel() // l_hat.numel()} : 1")

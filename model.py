@@ -7,9 +7,8 @@ is one more summand in the condition c: the visual prior e_s, one vector for eac
 place the learned sample token S.
 
 Time runs from data to noise: t = 0 is data, t = 1 is noise.
-
-Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens, d width, r LoRA
-rank, K classes (index K is the null class of classifier-free guidance).
+Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens (not Eq. 4's number
+of steps), d width, r LoRA rank, K classes (index K is the null class of guidance).
 
     python model.py      # Table 1, Table 4's compute column (ours and the paper's), our budget
 """
@@ -20,10 +19,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lem import LEM, Patches, patchify
+from lem import LEM, Means, Patches, patchify
 
 
 class UserError(Exception):
@@ -42,7 +40,6 @@ def rope_2d(head_dim: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     quarter = head_dim // 4
     w = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    # One angle for each token and channel pair: (side * side, head_dim / 2).
     angle = torch.cat([row.reshape(-1, 1) * w, column.reshape(-1, 1) * w], dim=1)
     return angle.cos().float(), angle.sin().float()
 
@@ -54,7 +51,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def layer_norm(x: torch.Tensor) -> torch.Tensor:
-    """LayerNorm over the last dimension, without scale or shift: AdaLN brings those, Eq. 10."""
+    """LayerNorm over the last dimension, without a learned scale or shift."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -79,21 +76,22 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """(B, T, d) -> (B, T, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, d_k)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, d_k)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d_k)
 
-        # Queries and keys go through LayerNorm and rotation together, which halves the number of
-        # kernels. Both run in fp32 under autocast; the attention kernel wants the values' dtype.
-        q, k = rotate(layer_norm(qkv[:2]), cos, sin).to(qkv.dtype)
-        attended = F.scaled_dot_product_attention(q, k, qkv[2])  # (B, heads, T, d_k)
+        # Under autocast, LayerNorm and rotation run in fp32; the attention kernel wants the dtype
+        # of the values.
+        q = rotate(layer_norm(q), cos, sin).to(v.dtype)
+        k = rotate(layer_norm(k), cos, sin).to(v.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, d_k)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
-    """Eq. 8: FFN(x) = (SiLU(x W_1) ⊗ (x W_2)) W_3.
+    """Eq. 8: FFN(x) = (SiLU(x W_1) ⊗ (x W_2)) W_3, with matrices of its own (Eq. 10 has others).
 
     CHOICE: the hidden width, which the paper leaves open, is 8d/3: the three matrices then hold as
     many parameters as the usual two of width 4d (Shazeer, 2020).
-    DEVIATION: Eq. 8 prints no biases; FiTv2 has them.
+    DEVIATION: we add biases, as FiTv2 does; Eq. 8 prints none.
     """
 
     def __init__(self, d: int):
@@ -127,10 +125,7 @@ class TimeEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class Config:
-    """All that fixes the shapes of the parameters, and the default guidance scale.
-
-    Raises UserError for sizes that do not fit together.
-    """
+    """All shapes, and the default guidance scale. Raises UserError for sizes that do not fit."""
 
     depth: int = 12  # backbone layers, Table 1
     d: int = 768  # backbone hidden size, Table 1
@@ -147,37 +142,17 @@ class Config:
     latent_channels: int = 4  # C; 4 for that VAE
     num_classes: int = 1000  # K
     cfg: float = 5.5  # default guidance scale of stages with a prior, section 4.2 and Table 5
-    prior_from: str = "lem"  # "patches": no compression, what section 1 warns of
+    prior_from: str = "lem"  # or "patches", "means": what lem.py compares LEM with
 
     def __post_init__(self):
-        if self.prior_from not in ("lem", "patches"):
-            raise UserError(f"prior_from is {self.prior_from!r}; it must be 'lem' or 'patches'")
-
-        # A checkpoint's config comes from outside, so numbers are checked to be numbers.
-        for name, value in vars(self).items():
-            if name in ("cfg", "prior_from"):
-                continue
-            low = 0 if name == "N" else 1
-            if type(value) is not int or value < low:
-                raise UserError(f"{name} is {value!r}; it must be a whole number, at least {low}")
-        if type(self.cfg) not in (int, float) or not self.cfg >= 1:
-            raise UserError(f"cfg is {self.cfg!r}; it must be at least 1 (1 = no guidance)")
-
         if self.latent_size % self.p:
-            raise UserError(
-                f"latent size {self.latent_size} is not a multiple of the patch size {self.p}; "
-                "change --image-size or --patch-size"
-            )
+            sizes = f"latent size {self.latent_size} is not a multiple of patch size {self.p}"
+            raise UserError(f"{sizes}; change --image-size or --patch-size")
         # 2-D RoPE takes a head's channels in fours: a pair for the row, a pair for the column. The
         # 2-D PE takes a token's channels in fours: sine and cosine of the row and of the column.
-        multiples = [("d", self.d, 4 * self.heads)]
-        if self.N:
-            multiples.append(("d_l", self.d_l, self.lem_heads))
-            multiples.append(("d_l", self.d_l, 4))
-            multiples.append(("d_e", self.d_e, 4))
-        for name, width, unit in multiples:
-            if width % unit:
-                raise UserError(f"{name} is {width}; it must be a multiple of {unit}")
+        if self.d % (4 * self.heads) or (self.N and self.d_e % 4):
+            sizes = f"d is {self.d} with {self.heads} heads, d_e is {self.d_e}"
+            raise UserError(f"{sizes}; d / heads and d_e must be multiples of 4")
 
     @property
     def num_tokens(self) -> int:
@@ -193,8 +168,8 @@ CONFIGS: dict[str, Config] = {
     # The baselines of Tables 4 and 5: no visual prior, deeper.
     "FiTv2-B": Config(depth=15, d=768, heads=12, r=192, N=0),
     "FiTv2-XL": Config(depth=36, d=1152, heads=16, r=288, N=0),
-    # CHOICE: not in the paper. The same geometry, 16 times smaller: as many numbers in a latent
-    # token as in a patch (16), and an eighth as many latent tokens as patches.
+    # CHOICE: not in the paper. The same geometry in miniature: T = 16 tokens instead of 256;
+    # d_e = p * p * C and N = T / 8, as in DoD-B.
     "DoD-Ti": Config(
         depth=4, d=128, heads=4, r=32, encoder_depth=2, decoder_depth=1, d_l=128, lem_heads=4,
         N=2, d_e=16, p=4, latent_size=16, latent_channels=1, num_classes=10, cfg=2,
@@ -211,10 +186,11 @@ class Block(nn.Module):
 
     Eq. 10:  S^i = W^g c + W_2^i W_1^i c = [beta_1, beta_2, gamma_1, gamma_2, alpha_1, alpha_2]
 
-    This S^i is not the sample token S of Eq. 5: the paper uses the letter twice. W^g is shared by
-    all blocks, and W^g c arrives as `global_S`; each block adds its own low-rank part.
-    beta shifts, gamma scales, alpha gates. DEVIATION: Eq. 10 omits the SiLU on c (and, as the paper
-    says itself, the biases).
+    Here c is all of Eq. 5's condition; Eq. 10 prints FiTv2's, class and time only (c + t). Nor is
+    S^i the sample token S of Eq. 5, and W_1, W_2 are not SwiGLU's: the paper uses these letters
+    twice. W^g is shared by all blocks, and W^g c arrives as `global_S`; each block adds its own
+    low-rank part. beta shifts, gamma scales, alpha gates.
+    DEVIATION: Eq. 10 omits the SiLU on c (and, as the paper says itself, the biases).
     """
 
     def __init__(self, config: Config):
@@ -259,7 +235,6 @@ class DoD(nn.Module):
         d = config.d
         patch = config.p**2 * config.latent_channels
         self.config = config
-        self.grad_checkpoint = False  # activation checkpointing of the backbone's blocks
 
         # The backbone.
         self.patch_embed = nn.Linear(patch, d)
@@ -275,8 +250,9 @@ class DoD(nn.Module):
         # What DoD adds: the sample token S, LEM, and the layers that carry e_s into the backbone.
         if config.N:
             self.S = nn.Parameter(torch.randn(1, 1, d) * 0.02)
-        if config.N and config.prior_from == "patches":
-            self.lem = Patches(config.latent_channels, config.p, d)
+        if config.N and config.prior_from != "lem":
+            bottleneck = {"patches": Patches, "means": Means}[config.prior_from]
+            self.lem = bottleneck(config.latent_channels, config.p, d)
             self.prior_mlp = nn.Identity()
         elif config.N:
             self.lem = LEM(
@@ -308,17 +284,15 @@ class DoD(nn.Module):
 
     @property
     def null_class(self) -> int:
-        """The label that stands for "no class"."""
-        return self.config.num_classes
+        """The label that stands for "no class". With K = 1 there is nothing to drop, and it is the
+        one class: class dropout then has no effect, and guidance acts on the prior alone."""
+        return self.config.num_classes if self.config.num_classes > 1 else 0
 
     def visual_prior(self, z0: torch.Tensor) -> torch.Tensor:
         """e_s = LEM(z_0) of Eq. 5, brought to the backbone's width: (B, C, H, W) -> (B, T, d).
 
-        It does not depend on t: compute it once a stage, not once an evaluation. From here on, e_s
-        means this one, of the backbone's width.
+        It does not depend on t: compute it once a stage, not once an evaluation.
         """
-        if not self.config.N:
-            raise UserError("this model is a plain FiTv2 without LEM: it has stage 1 only")
         return self.prior_mlp(self.lem(z0))
 
     def forward(
@@ -332,6 +306,13 @@ class DoD(nn.Module):
         x_t (B, C, H, W); t (B,) in [0, 1]; y (B,) in 0 .. K, where K is the null class; e_s
         (B, T, d) -> (B, C, H, W). With S, c is one vector for each image, and the modulations are
         computed once for each image; with e_s, c is one vector for each token. Blocks broadcast.
+
+        One image through DoD-B in stage 2, without the batch dimension:
+            x_t  4 x 32 x 32  ->  patches of 2 x 2: 256 x 16  ->  tokens: 256 x 768
+            z_0  4 x 32 x 32  ->  L_hat 32 x 16  ->  LEM's output 256 x 768  ->  e_s 256 x 768
+            c    1 x 768 (class) + 1 x 768 (time) + 256 x 768 (prior) = 256 x 768
+            S^i  256 x 4608: six modulations of 768 for each token, in each of the 12 blocks
+            v    256 x 768  ->  256 x 16  ->  4 x 32 x 32
         """
         c = self.label(y)[:, None] + self.time(t)  # e_c + e_t: (B, 1, d)
         if self.config.N and e_s is None:
@@ -339,22 +320,15 @@ class DoD(nn.Module):
         elif self.config.N:
             c = c + e_s  # (B, T, d)
 
-        # Every block reads SiLU(c). Under autocast it is cast here, once, and not in each block.
+        # Every block reads SiLU(c). Under autocast it is cast to bf16 here, once.
         silu_c = F.silu(c)
         global_S = self.W_g(silu_c)  # (B, 1 or T, 6d)
         silu_c = silu_c.to(global_S.dtype)
 
         x = self.patch_embed(patchify(x_t, self.config.p))  # (B, T, d)
-        x = x.to(self.patch_embed.weight.dtype)  # the residual stream is fp32, under autocast too
-
-        # Activation checkpointing keeps only the input of each block and computes the rest again in
-        # the backward pass.
+        x = x.to(self.patch_embed.weight.dtype)  # blocks add to x in fp32, under autocast too
         for block in self.blocks:
-            inputs = (x, silu_c, global_S, self.cos, self.sin)
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*inputs)
+            x = block(x, silu_c, global_S, self.cos, self.sin)
         return self.unpatchify(self.final(x, silu_c))
 
     def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
@@ -373,24 +347,20 @@ def count_parameters(config: Config) -> tuple[int, int]:
     """Table 1's last column: trainable parameters of (backbone, LEM)."""
     with torch.device("meta"):  # shapes without memory
         model = DoD(config)
-    lem = 0
-    if config.N:
-        lem = sum(p.numel() for p in model.lem.parameters())
+    lem = sum(p.numel() for name, p in model.named_parameters() if name.startswith("lem."))
     return sum(p.numel() for p in model.parameters()) - lem, lem
 
 
-def count_macs(config: Config) -> dict[str, int]:
-    """Table 4's unit: multiply-accumulates of the linear layers, for one image.
+def count_macs(config: Config, attention: bool = False) -> dict[str, int]:
+    """Table 4's unit, which the paper calls FLOPs: multiply-accumulates of the linear layers, for
+    one image, as PyTorch's own counter sees them in one call of a model without memory.
 
-    PyTorch's own counter watches one call of a model without memory.
       s          one evaluation with c for each image (S in place of a prior)
       e_s        one evaluation with c for each token and, as the paper counts, the prior's MLP
       prior_mlp  that MLP alone: we run it once a stage
       lem        LEM, once a stage
-      attention  left out of all these: Q K^T and the product with V, in each evaluation
-      lem_attention   the same in LEM
+    With `attention`, Q K^T and the product with V are counted, too; the paper leaves them out.
     """
-    # One image. On the meta device tensors have shapes but no memory.
     with torch.device("meta"):
         model = DoD(config)
         x = torch.empty(1, config.latent_channels, config.latent_size, config.latent_size)
@@ -398,121 +368,83 @@ def count_macs(config: Config) -> dict[str, int]:
         y = torch.zeros(1, dtype=torch.long)
 
     def count(function, *inputs):
-        """-> the result of the call, its MACs in linear layers, its MACs in attention."""
+        """-> the result of the call, and its multiply-accumulates."""
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             result = function(*inputs)
-        flops = dict(counter.get_flop_counts().get("Global", {}))
-        linear = flops.pop(torch.ops.aten.addmm, 0)
-        return result, linear // 2, sum(flops.values()) // 2  # two operations a MAC
+        flops = counter.get_flop_counts().get("Global", {})
+        counted = sum(flops.values()) if attention else flops.get(torch.ops.aten.addmm, 0)
+        return result, counted // 2  # two operations a multiply-accumulate
 
-    # Stage 1, then LEM and its MLP, then a later stage. `e_l` is LEM's output, of width d_l.
-    counts = {}
-    _, counts["s"], counts["attention"] = count(model, x, t, y)
-    counts["lem_attention"] = 0
+    # Stage 1, then LEM (whose output, of width d_l, is e_l) and its MLP, then a later stage.
+    macs = {}
+    _, macs["s"] = count(model, x, t, y)
     if config.N:
-        e_l, counts["lem"], counts["lem_attention"] = count(model.lem, x)
-        e_s, counts["prior_mlp"], _ = count(model.prior_mlp, e_l)
-        _, evaluation, _ = count(model, x, t, y, e_s)
-        counts["e_s"] = evaluation + counts["prior_mlp"]
-    return counts
+        e_l, macs["lem"] = count(model.lem, x)
+        e_s, macs["prior_mlp"] = count(model.prior_mlp, e_l)
+        _, evaluation = count(model, x, t, y, e_s)
+        macs["e_s"] = evaluation + macs["prior_mlp"]
+    return macs
 
 
-def stage_parts(evaluations: float, guided: float, has_prior: bool) -> dict[str, float]:
-    """How often one stage of sampling runs each part of count_macs.
+def stage_macs(macs: dict[str, int], with_prior: float, without: float) -> float:
+    """Multiply-accumulates of one stage of sampling; macs: those of count_macs.
 
-    evaluations: of the velocity; guided: how many of them run the unconditional branch as well,
-    which sees S in place of a prior. Table 4 counts the prior's MLP in every evaluation; here it
-    runs once a stage.
+    The network runs `with_prior` times with c for each token, and `without` times with c for each
+    image, as the unconditional branch always does. LEM and the prior's MLP run once a stage.
     """
-    if not has_prior:
-        return {"s": evaluations + guided}
-    # Each "e_s" contains the prior's MLP: take it out of all of them, and add the one that runs.
-    return {"lem": 1, "e_s": evaluations, "prior_mlp": 1 - evaluations, "s": guided}
-
-
-def training_macs(config: Config, p_s: float = 0.5) -> dict[str, float]:
-    """Multiply-accumulates of a training step's forward pass, for one image.
-
-    ours: LEM on the images that keep their prior, a share of 1 - p_s; the backbone with c for each
-    token.
-    naive: LEM on every image. attention: left out of both.
-    """
-    macs = count_macs(config)
-    if not config.N:
-        return {"ours": macs["s"], "naive": macs["s"], "attention": macs["attention"]}
-    with_prior = macs["lem"] + macs["prior_mlp"]
-    backbone = macs["e_s"] - macs["prior_mlp"]
-    return {
-        "ours": backbone + (1 - p_s) * with_prior,
-        "naive": backbone + with_prior,
-        "attention": macs["attention"] + (1 - p_s) * macs["lem_attention"],
-    }
+    total = without * macs["s"]
+    if with_prior:
+        total += macs["lem"] + macs["prior_mlp"]
+        total += with_prior * (macs["e_s"] - macs["prior_mlp"])
+    return total
 
 
 def print_table_1() -> None:
-    """Table 1, with the baselines of Tables 4 and 5 (FiTv2-B's count: Wang et al., 2024)."""
-    print("Table 1: parameters, millions        backbone       LEM     total")
-    paper = {"DoD-S": (27, 21), "DoD-B": (105, 86), "DoD-XL": (527, 86)}
-    paper |= {"FiTv2-B": (128, 0), "FiTv2-XL": (671, 0)}
+    """Table 1 (FiTv2-B's count: Wang et al., 2024), and the cost of training by arithmetic: a step
+    is three forward passes, attention included; half of the images run LEM. Memory: five fp32
+    numbers a parameter (weight, gradient, EMA, AdamW's two moments), and no activations."""
+    paper = {"DoD-S": "27 + 21", "DoD-B": "105 + 86", "DoD-XL": "527 + 86"}
+    paper |= {"FiTv2-B": "128", "FiTv2-XL": "671"}
+    print("Table 1: parameters, M                   | training: GFLOP   EFLOP,     GB")
+    print("           backbone     LEM       paper  |       an image   1M x 256   held")
     for name, config in CONFIGS.items():
-        backbone, lem = (n / 1e6 for n in count_parameters(config))
-        print(f"  {name:9} ours                 {backbone:12.2f}{lem:10.2f}{backbone + lem:10.2f}")
-        if name in paper:
-            backbone, lem = paper[name]
-            print(f"            paper                {backbone:12}{lem:10}{backbone + lem:10}")
+        backbone, lem = count_parameters(config)
+        macs = count_macs(config, attention=True)
+        forward = macs["s"]
+        if config.N:
+            forward = macs["e_s"] + (macs["lem"] - macs["prior_mlp"]) / 2
+        flops = 3 * 2 * forward  # a multiply-accumulate is two operations
+        print(
+            f"{name:9}{backbone / 1e6:10.2f}{lem / 1e6:8.2f}{paper.get(name, '-'):>12}  |", end=""
+        )
+        print(f"{flops / 1e9:15.4g}{flops * 256e6 / 1e18:11.3g}{20e-9 * (backbone + lem):7.2f}")
 
 
 def print_table_4() -> None:
     """Table 4's compute column. A guided step of stage 2 costs the paper 2 x 26.5, here less."""
     dod = count_macs(CONFIGS["DoD-B"])
     fit = count_macs(CONFIGS["FiTv2-B"])
-    rows = [  # what, GFLOPs in the paper, ours: whose parts, and how often each of them runs
-        ("LEM", 24.6, dod, {"lem": 1}),
-        ("DoD-B, one evaluation, c per token", 26.5, dod, {"e_s": 1}),
-        ("DoD-B, one evaluation, c per image", 26.5, dod, {"s": 1}),
-        ("FiTv2-B, one evaluation", 27.3, fit, {"s": 1}),
+    rows = [  # what, the paper's figure, ours
+        ("LEM", 24.6, dod["lem"]),
+        ("DoD-B, one evaluation, c per token", 26.5, dod["e_s"]),
+        ("DoD-B, one evaluation, c per image", 26.5, dod["s"]),
+        ("FiTv2-B, one evaluation", 27.3, fit["s"]),
     ]
     # Upper and lower half of the table: n steps in each of DoD's stages, 2 n for the baseline.
     for n, paper in ((30, (1638, 3276, 795, 2409.6)), (120, (6552, 13104, 3180, 9564.6))):
-        stage_1 = stage_parts(n, 0, has_prior=False)
-        stage_2 = stage_parts(n, n, has_prior=True)
-        both = stage_2 | {"s": stage_1["s"] + stage_2["s"]}
+        stage_1 = stage_macs(dod, with_prior=0, without=n)
+        stage_2 = stage_macs(dod, with_prior=n, without=n)  # guided: both branches in each step
         rows += [
-            (f"FiTv2-B, {2 * n} steps", paper[0], fit, stage_parts(2 * n, 0, has_prior=False)),
-            (f"FiTv2-B-G, {2 * n} steps", paper[1], fit, stage_parts(2 * n, 2 * n, False)),
-            (f"DoD-B (S1), {n} steps", paper[2], dod, stage_1),
-            (f"DoD-B-G (S2), {n} + {n} steps", paper[3], dod, both),
+            (f"FiTv2-B, {2 * n} steps", paper[0], 2 * n * fit["s"]),
+            (f"FiTv2-B-G, {2 * n} steps", paper[1], 2 * 2 * n * fit["s"]),
+            (f"DoD-B (S1), {n} steps", paper[2], stage_1),
+            (f"DoD-B-G (S2), {n} + {n} steps", paper[3], stage_1 + stage_2),
         ]
-    print(
-        "\nTable 4: compute. GFLOPs as the paper counts them: 10^9 multiply-accumulates of linear"
-    )
-    print("layers                                     paper      ours    ours with attention")
-    # Each row adds up its parts. Attention is not in the paper's figures, so it is shown apart.
-    for what, paper, counts, parts in rows:
-        linear = sum(times * counts[part] for part, times in parts.items())
-        attention = (parts.get("s", 0) + parts.get("e_s", 0)) * counts["attention"]
-        attention += parts.get("lem", 0) * counts["lem_attention"]
-        print(f"  {what:38}{paper:7.1f}{linear / 1e9:10.1f}{(linear + attention) / 1e9:18.1f}")
-
-
-def print_budget() -> None:
-    """What training costs by arithmetic, attention included: a step is three forward passes, two
-    operations a multiply-accumulate. Memory: fp32 weights, gradient, EMA and AdamW's two moments.
-    """
-    print("\nTraining, by arithmetic, p_s = 0.5: GMACs of linear layers in one forward pass, then")
-    print("                    GMACs    naive   GFLOP/image   EFLOP, 1M x 256   GB held   GB saved")
-    for name, config in CONFIGS.items():
-        macs = training_macs(config)
-        # Bytes per parameter: 4 each for weights, gradient, EMA and two moments makes 20; a
-        # checkpoint has no gradient, which leaves 16.
-        flops = 3 * 2 * (macs["ours"] + macs["attention"])
-        parameters = sum(count_parameters(config)) / 1e9
-        print(f"  {name:14}{macs['ours'] / 1e9:9.4g}{macs['naive'] / 1e9:9.4g}", end="")
-        print(f"{flops / 1e9:14.4g}{flops * 256e6 / 1e18:18.3g}", end="")
-        print(f"{20 * parameters:10.2f}{16 * parameters:11.2f}")
+    print("\nTable 4: 10^9 multiply-accumulates        paper      ours")
+    for what, paper, macs in rows:
+        print(f"  {what:38}{paper:8.1f}{macs / 1e9:10.1f}")
 
 
 if __name__ == "__main__":
     print_table_1()
     print_table_4()
-    print_budget()
