@@ -119,7 +119,6 @@ def generate(
     and so leads to images that match it. Raises UserError for what the model cannot do.
     """
     config = model.config
-
     # Section 3.3: no guidance in the first stage, strong guidance wherever there is a prior.
     w = config.cfg if cfg is None else cfg
     if not isinstance(w, list):
@@ -208,8 +207,8 @@ def draw_grid(out: Path | str, blocks: list[tuple[str, torch.Tensor]], titles: l
 def open_image(path: str, size: int, channels: int) -> torch.Tensor:
     """An image file -> uint8 (channels, size, size), grey for 1 channel, RGB for 3.
 
-    The square in the middle as ADM cuts it, resized bicubically; ADM halves large images first, and
-    the result is the same to within a grey level or two. UserError names an unreadable file.
+    The square in the middle as ADM cuts it, resized bicubically; ADM halves large images first by a
+    box filter, which makes them a little softer. UserError names an unreadable file.
     """
     try:
         with Image.open(path) as image:
@@ -272,8 +271,10 @@ class VAE(Codec):
     def __init__(self, name: str, device: torch.device):
         from diffusers import AutoencoderKL
 
-        # A name on the Hugging Face Hub, or a folder made by save_pretrained. OSError if neither.
-        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+        try:
+            vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+        except OSError:
+            raise UserError(f"--vae {name}: no such folder, and not found on the hub") from None
         self.name = name
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(vae.config.get("shift_factor") or 0)
@@ -423,7 +424,6 @@ def run_command(main: Callable[[], None]) -> None:
 def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dict) -> None:
     """--npz FILE.npz: images of the last stage in one file for guided-diffusion's evaluator, arr_0
     uint8 (n, H, W, 3) and arr_1 their classes, and in a folder FILE as NUMBER-CLASS.png.
-
     The ranks take turns in chunks of --batch-size numbers. Image n is a function of (seed, n), so
     after an interruption --start draws the rest into another file. settings: generate's.
     """

@@ -17,7 +17,6 @@ import sys
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,10 @@ from scipy.integrate import solve_ivp
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -104,11 +106,10 @@ def test_eq3_each_image_sees_its_own_prior_or_the_sample_token(keep):
         alone.append((x1[one] - x0[one] - v).square().mean())
     assert close(loss, torch.stack(alone))
 
-    # Gradients; where both kinds of images are, they reach every part of the backbone and of LEM.
+    # Gradients, of every part of the backbone and of LEM.
     gradients = partial(torch.autograd.grad, inputs=[*dod.parameters()], materialize_grads=True)
     for ours, theirs in zip(gradients(loss.sum()), gradients(sum(alone)), strict=True):
         assert close(ours, theirs, 1e-4)
-        assert len(keep) != 3 or ours.abs().sum() > 0
 
 
 def test_eq3_under_autocast_the_residual_stream_and_the_loss_stay_fp32():
@@ -154,18 +155,6 @@ def crawl(x, t, rows):
     return x * t.sqrt()[:, None] / 1000
 
 
-def test_guidance_is_linear_in_w_acts_on_the_channels_and_is_refused_below_1():
-    v_c, v_u = torch.randn(2, 4, 5, 2, 2)
-    guided = flow.guide(v_c, v_u, 5.5)
-    assert close(guided, 5.5 * v_c - 4.5 * v_u)
-    with pytest.raises(ValueError, match="at least 1"):
-        flow.guide(v_c, v_u, 0.99)
-
-    # With `channels` the first ones are guided, and the others are those of v_c.
-    first_three = torch.cat([guided[:, :3], v_c[:, 3:]], dim=1)
-    assert torch.equal(flow.guide(v_c, v_u, 5.5, channels=3), first_three)
-
-
 def test_eq2_and_eq4_euler_is_exact_on_straight_paths_and_counts_its_evaluations():
     x0, x1, _, _ = batch()
     times = []
@@ -182,32 +171,31 @@ def test_eq2_and_eq4_euler_is_exact_on_straight_paths_and_counts_its_evaluations
 
     # Each step starts where the last one ended: of dx/dt = x, it takes a tenth of what is left.
     assert close(flow.euler(lambda x, t, rows: x, x1, 10)[0], x1 * 0.9**10)
-    with pytest.raises(ValueError, match="at least 1"):
-        flow.euler(straight, x1, 0)
+    for wrong in (partial(flow.euler, straight, x1, 0), partial(flow.guide, x0, x1, 0.99)):
+        with pytest.raises(ValueError, match="at least 1"):
+            wrong()
 
 
 def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
     x1 = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x1[3] = 0  # takes another branch of Hairer's first step
     noise = x1.clone()
-    sit = {"rtol": 1e-3, "atol": 1e-6}  # SiT's tolerances are the default
 
     # The last velocity is its own input, here the noise itself, which must not change.
     for f in (oscillator, jolt, crawl, lambda x, t, rows: x):
-        for tolerances in ({}, {"rtol": 1e-7, "atol": 1e-9}):
-            x0, nfe = flow.dopri5(f, x1, **tolerances)
-            assert torch.equal(x1, noise)
+        x0, nfe = flow.dopri5(f, x1)
+        assert torch.equal(x1, noise)
 
-            # SciPy solves for one image, from t = 1 down to 0 as we do.
-            for i in range(8):
+        # SciPy solves for one image, from t = 1 down to 0 as we do, with SiT's tolerances.
+        for i in range(8):
 
-                def scipy_f(t, x, f=f, row=i):
-                    row = torch.tensor([row])
-                    return f(torch.tensor(x)[None], torch.tensor([t]), row)[0].numpy()
+            def scipy_f(t, x, f=f, row=i):
+                row = torch.tensor([row])
+                return f(torch.tensor(x)[None], torch.tensor([t]), row)[0].numpy()
 
-                scipy = solve_ivp(scipy_f, (1, 0), x1[i].numpy(), "RK45", **sit | tolerances)
-                assert nfe[i] == scipy.nfev
-                assert close(x0[i], scipy.y[:, -1], 1e-7)
+            scipy = solve_ivp(scipy_f, (1, 0), x1[i].numpy(), "RK45", rtol=1e-3, atol=1e-6)
+            assert nfe[i] == scipy.nfev
+            assert close(x0[i], scipy.y[:, -1], 1e-7)
 
 
 def test_eq4_rk45_stops_when_the_velocity_is_not_finite_or_the_step_vanishes():
@@ -276,9 +264,7 @@ def test_eq6_eq7_are_the_written_out_formulas_with_vit_blocks():
     x = torch.randn(2, 7, 16)
     assert close(ours(x), theirs(x))
 
-
-def test_eq6_eq7_positions_are_frozen_sines_and_cosines():
-    # Of the row, then of the column, in a grid of 3 x 5.
+    # PE: sines and cosines of the row, then of the column, in a grid of 3 x 5.
     w = 10000.0 ** (-torch.arange(4) / 4)
     for i, pe in enumerate(lem.sincos_2d(16, 3, 5)):
         row = i // 5 * w
@@ -335,23 +321,20 @@ def test_eq10_modulation_is_a_shared_part_plus_a_block_s_own():
 def test_a_new_model_says_v_0_and_has_no_modulation_yet():
     torch.manual_seed(0)
     dod = DoD(replace(TINY, d=512, N=64, d_e=512, num_classes=500))
-    x0, x_t, y, t = batch()
-    assert dod(x_t, t, y, dod.visual_prior(x0)).abs().max() == 0
 
     # Modulations and the last layer are zero, the other linear layers Xavier-uniform, biases zero;
-    # the class table, S, L and M come from N(0, 0.02). Nothing is saved that is not learned.
+    # the class table, S, L and M come from N(0, 0.02).
     zero = {dod.W_g, dod.final.adaln, dod.final.linear, *(block.W_2 for block in dod.blocks)}
     for layer in dod.modules():
         if isinstance(layer, torch.nn.Linear):
             bound = math.sqrt(6 / sum(layer.weight.shape)) * (layer not in zero)
             assert 0.9 * bound <= layer.weight.abs().max() <= bound
             assert layer.bias.abs().max() == 0
-    assert list(dod.state_dict()) == [name for name, _ in dod.named_parameters()]
     for table in (dod.label.weight, dod.S, dod.lem.latent_tokens, dod.lem.mask_token):
         assert abs(table.std() / 0.02 - 1) < 0.1
 
 
-def test_table1_parameters_and_the_geometry_of_dod_ti():
+def test_table1_parameters_heads_and_guidance_scales():
     # In millions: the backbone's and LEM's. The paper rounds them to 27 + 21, 105 + 86 and so on.
     configs = [CONFIGS[name] for name in ("DoD-S", "DoD-B", "DoD-XL", "FiTv2-B", "FiTv2-XL")]
     counts = torch.tensor([model.count_parameters(config) for config in configs]).T / 1e6
@@ -363,13 +346,8 @@ def test_table1_parameters_and_the_geometry_of_dod_ti():
     assert [config.lem_heads for config in configs[:3]] == [6, 12, 12]
     assert [config.cfg for config in configs[:3]] == [5.5, 5.5, 3.5]
     assert CONFIGS["DoD-B"] == Config()
-    assert lem.LEM.__init__.__defaults__ == (32, 4, 2, 768, 12, 8, 4, 32, 16)
 
-    # A latent token has as many numbers as a patch, and there are T / 8 of them, as in DoD-B. The
-    # baseline of DoD-Ti has one layer more, in place of LEM.
-    for config in (CONFIGS["DoD-B"], CONFIGS["DoD-Ti"]):
-        assert config.d_e == config.p**2 * config.latent_channels == 16
-        assert config.num_tokens == 8 * config.N
+    # The baseline of DoD-Ti has one layer more, in place of LEM.
     lem_sizes = {"encoder_depth": 2, "decoder_depth": 1, "d_l": 128, "lem_heads": 4}
     assert replace(CONFIGS["DoD-Ti"], depth=5, N=0) == replace(CONFIGS["FiTv2-Ti"], **lem_sizes)
 
@@ -378,8 +356,7 @@ def test_table4_compute_and_what_a_stage_really_runs(capsys):
     # No row of the table costs more than in the paper.
     model.print_table_4()
     table = re.findall(r"^  .*\S  +([\d.]+) +([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
-    assert table[:2] == [("24.6", "24.6"), ("26.5", "26.4")]
-    assert len(table) == 12
+    assert len(table) == 12 and table[:2] == [("24.6", "24.6"), ("26.5", "26.4")]
     assert all(0.8 * float(paper) < float(ours) <= float(paper) for paper, ours in table)
 
     def measure(function, *inputs):
@@ -404,14 +381,7 @@ def test_table4_compute_and_what_a_stage_really_runs(capsys):
     assert loss(NONE) == 6 * model.stage_macs(macs, with_prior=0, without=1)
 
 
-def test_any_size_channels_and_classes_work_and_three_sizes_are_refused():
-    config = replace(TINY, latent_size=10, latent_channels=1, num_classes=1, p=5)
-    x, _, y, t = batch(2, config)
-    dod = awake(config)
-    assert dod(x, t, y, dod.visual_prior(x)).shape == x.shape
-    assert dod.null_class == 0  # with one class there is nothing to drop
-    assert DoD(TINY).null_class == len(DoD(TINY).label.weight) - 1 == 5
-
+def test_patches_go_back_to_their_places_and_three_sizes_are_refused():
     # Patches are cut row by row, pixels before channels, and put back in their places.
     x = torch.randn(2, 3, 4, 6)
     assert torch.equal(lem.patchify(x, 2)[:, 5], x[:, :, 2:, 4:].permute(0, 2, 3, 1).flatten(1))
@@ -422,21 +392,18 @@ def test_any_size_channels_and_classes_work_and_three_sizes_are_refused():
     for wrong in ({"latent_size": 9}, {"d": 36}, {"d_e": 6}):
         with pytest.raises(UserError, match="multiple"):
             replace(TINY, **wrong)
+    assert DoD(replace(TINY, num_classes=1)).null_class == 0  # with one class none is dropped
 
 
-def test_section_1_patches_pass_everything_on_means_a_mean_and_fitv2_has_no_lem():
+def test_section_1_patches_pass_everything_on_and_means_a_mean():
     # A token's e_s is a linear function of its own patch, or of the mean of the patch's pixels.
-    x0, x_t, y, t = batch()
+    x0, _, _, _ = batch()
     patches = lem.patchify(x0, 2)
     means = patches.unflatten(-1, (4, 3)).mean(2)
     for prior_from, passed in (("patches", patches), ("means", means)):
         dod = awake(replace(TINY, prior_from=prior_from))
         e_s = passed @ dod.lem.embed.weight.T + dod.lem.embed.bias
         assert close(dod.visual_prior(x0), e_s)
-
-    # In a plain FiTv2, LEM's sizes do not matter, and a prior has no effect.
-    fit = awake(replace(TINY, N=0, d_e=6))
-    assert torch.equal(fit(x_t, t, y, e_s), fit(x_t, t, y))
 
 
 def test_the_demonstrations_run(tmp_path, monkeypatch, capsys):
@@ -445,13 +412,12 @@ def test_the_demonstrations_run(tmp_path, monkeypatch, capsys):
     model.print_table_1()
     assert re.search(r"85.71 M(.|\n)*DoD-B .* 243.4 +62.3 +3.81\n", capsys.readouterr().out)
 
-    # A second run replaces the first one's figure. It follows nine points instead of 512.
+    # The figure follows nine points instead of 512.
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda n, *rest, **how: randn(9, *rest, **how))
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        flow.main()
-    assert (tmp_path / "out/flow.png").read_bytes().startswith(b"\x89PNG")
+    flow.main()
+    assert Path("out/flow.png").exists()
 
 
 # A run of six steps on letters of 8 x 8 pixels.
@@ -465,8 +431,7 @@ def run(module, *argv) -> int:
     """A script's command in this process -> its exit status."""
     # A training run catches signals. Without the old handlers, Ctrl-C could not end pytest.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    with patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, argv)]):
         try:
             sample.run_command(module.main)
             return 0
@@ -515,7 +480,7 @@ def ckpt(trained) -> Path:
     return trained.with_name("awake.pt")
 
 
-def before_step(monkeypatch, f: Callable) -> None:
+def before_step(monkeypatch, f) -> None:
     """Each step of the runs to come first calls f(step, what it was given)."""
     training_step = train.training_step
 
@@ -560,8 +525,7 @@ def ended_alike(one: Path, other: Path) -> bool:
 
 
 def test_section_4_1_one_batch_can_be_learned_by_heart():
-    # The first loss is that of v = 0; its gradient, here far too long, is clipped to norm 1. At
-    # rate 0 the second step is the first one again: no gradient is left over.
+    # The first loss is that of v = 0. Its gradient is clipped, and none is left over in step 2.
     torch.manual_seed(0)
     dod = DoD(TINY)
     ema = copy.deepcopy(dod).requires_grad_(False)
@@ -614,8 +578,7 @@ def test_noise_times_and_dropped_classes_are_a_function_of_seed_and_step():
     for key in ((8, 3), (7, 4), (3, 7)):
         assert not any(map(torch.equal, draws, draw(*key)))
 
-    # Standard normal x1 and eps and Eq. 11's times, each number independent of the others. A class
-    # drops with probability 0.1, at any time.
+    # Standard normal x1 and eps and Eq. 11's times, all independent. Classes drop at any time.
     x1, eps, t, dropped = draws
     numbers = torch.cat([x1.flatten(1), eps.flatten(1), t.logit()[:, None]], dim=1)
     assert (numbers.T.cov() - torch.eye(9)).abs().max() < 0.04 and numbers.mean(0).norm() < 0.05
@@ -657,45 +620,38 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     assert torch.equal(steps[0][1], flat(DoD(config)))
 
 
-def test_resuming_after_a_signal_equals_never_having_stopped(trained, monkeypatch, tmp_path, capfd):
+def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, monkeypatch, capfd):
     # SIGTERM arrives in step 3, which is finished and saved.
-    def interrupt(step, given):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before_step(monkeypatch, interrupt)
-    assert run(train, *QUICK, "--out", tmp_path) == 130
+    flags = [*QUICK, "--steps", "12", "--save-every", "1", "--out"]
+    assert run(train, *flags, tmp_path / "whole") == 0
+    out = tmp_path / "killed"
+    flags += [str(out), "--resume", "--init", "gone.pt"]
+    before_step(monkeypatch, lambda step, given: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
+    assert run(train, *flags[:-2]) == 130
     assert "stopped after step 3; the same command with --resume" in capfd.readouterr().out
 
     # A kill may have left the log ahead of the checkpoint, and its last line cut off.
-    with open(tmp_path / "log.jsonl", "a") as log:
-        log.write('{"step": 5, "loss": 9}\n{"step": 3')
-    assert run(train, *QUICK, "--resume", "--out", tmp_path) == 0
-    assert ended_alike(tmp_path, trained)
+    log = out / "log.jsonl"
+    with open(log, "a") as file:
+        file.write('{"step": 5, "loss": 9}\n{"step": 3')
 
-
-def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bytes(tmp_path, monkeypatch):
     # The processes to be killed come from a server that has imported train.py already.
-    flags = [*QUICK, "--steps", "12", "--save-every", "1"]
-    assert run(train, *flags, "--out", tmp_path / "whole") == 0
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train"])
-    out = tmp_path / "killed"
-    log = out / "log.jsonl"
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--resume", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
 
     # Each is killed some time after it has written its log anew, which is when training begins.
     for delay in (0, *np.random.default_rng().uniform(0, 0.5, 3)):
-        before = log.exists() and log.stat().st_mtime_ns
+        before = log.stat().st_mtime_ns
         process = server.Process(target=train.main)
         process.start()
-        while (log.exists() and log.stat().st_mtime_ns) == before:
+        while log.stat().st_mtime_ns == before:
             time.sleep(0.001)
         time.sleep(delay)
         process.kill()
         process.join()
         sample.load_checkpoint(out / "ckpt.pt")  # it is whole, always
-    assert run(train, *flags, "--resume", "--out", out) == 0
+    assert run(train, *flags) == 0
     assert ended_alike(out, tmp_path / "whole") and not list(out.glob(".*"))
 
 
@@ -704,7 +660,6 @@ def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path)
     data = folder(tmp_path / "data", 16)
     flags = [*QUICK, "--data", data, "--vae", vae, "--image-size", 16, "--p-s", 0.25]
     flags += ["--log-every", 1, "--save-every", 10**6]
-    one = tmp_path / "one"
     two = tmp_path / "two"
     more = ["--cache", tmp_path / "cache 2", "--grad-accum", 2, "--steps", 10**6, "--out", two]
     with torchrun(train, *flags, *more) as process:
@@ -717,18 +672,16 @@ def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path)
 
     # One process, and then one that goes on with what the two have begun.
     flags += ["--cache", tmp_path / "cache 1", "--steps", step + 1]
-    assert run(train, *flags, "--out", one) == 0
+    assert run(train, *flags, "--out", tmp_path / "one") == 0
     assert run(train, *flags, "--resume", "--out", two) == 0
 
     # The differences are those of rounding.
-    first = np.load(tmp_path / "cache 1/latents.npy").astype(float)
-    assert np.allclose(np.load(tmp_path / "cache 2/latents.npy"), first, atol=0.02)
     keys = ("step", "loss", "grad_norm", "held_out_loss")
-    expected = np.array(records_of(one, *keys), float)
+    expected = np.array(records_of(tmp_path / "one", *keys), float)
     assert np.allclose(np.array(records_of(two, *keys), float), expected, rtol=0.01, equal_nan=True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(monkeypatch, tmp_path, capfd):
+def test_nothing_bad_takes_the_place_of_a_checkpoint(monkeypatch, tmp_path, capfd):
     # The data of step 5 are not numbers; the log looks at it in step 6.
     def poison(step, given):
         if step == 5:
@@ -737,7 +690,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(monkeypatch, t
     before_step(monkeypatch, poison)
     assert run(train, *QUICK, "--out", tmp_path) == 2
     assert "the loss of step 5 (or its gradient) is not finite" in capfd.readouterr().err
-    assert sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+    ckpt = tmp_path / "ckpt.pt"
+    assert sample.load_checkpoint(ckpt)["step"] == 3
+
+    # torch.save fails half-way: the old file stays, and no temporary one.
+    good = ckpt.read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        train.save_checkpoint(ckpt, {"classes": lambda: "not data"}, 6, {})
+    assert ckpt.read_bytes() == good and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, monkeypatch):
@@ -756,7 +716,6 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
     # AdamW without weight decay; for the paper's sizes section 4.1's rate, batch and shares.
     found = sample.load_checkpoint(trained / "ckpt.pt")
     assert not torch.equal(found["ema"]["W_g.weight"], found["model"]["W_g.weight"])
-    assert "optimizer" not in sample.load_checkpoint(trained / "ema-0000006.pt")
     group = found["optimizer"]["param_groups"][0]
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0)
     args = train.parse(["--model", "DoD-XL"])
@@ -764,19 +723,13 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
     assert given == (1e-4, 0, 256, 0.999, 0.5, 3.5)
 
 
-def test_init_takes_what_fits_and_a_resumed_run_goes_on_with_renamed_files(ckpt, tmp_path, capfd):
+def test_init_takes_the_weights_that_fit(ckpt, tmp_path, capfd):
     # Another number of classes: all weights but the class table fit.
-    data = folder(tmp_path / "data")
-    flags = [*QUICK, "--data", data, "--channels", 1, "--lr", 0, "--out", tmp_path / "out"]
-    assert run(train, *flags, "--init", ckpt) == 0
+    flags = [*QUICK, "--data", folder(tmp_path / "data"), "--channels", 1, "--lr", 0]
+    assert run(train, *flags, "--init", ckpt, "--out", tmp_path / "out") == 0
     assert "fresh weights: label.weight\n" in capfd.readouterr().out
     ends = [sample.load_checkpoint(path)["ema"] for path in (ckpt, tmp_path / "out/ckpt.pt")]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in {*ends[0]} - {"label.weight"})
-
-    # A renamed file is said; the checkpoint of --init is not read again.
-    (data / "a/0.png").rename(data / "a/00.png")
-    assert run(train, *flags, "--steps", 7, "--resume", "--init", "gone.pt") == 0
-    assert "files were added, removed or renamed" in capfd.readouterr().out
 
 
 def test_letters_are_a_function_of_their_number_and_held_out_ones_are_others():
@@ -787,11 +740,6 @@ def test_letters_are_a_function_of_their_number_and_held_out_ones_are_others():
     train.draw_letter.cache_clear()
     assert torch.equal(images[150], letters[150, False][0])
     assert len(images.unique(dim=0)) == 200
-
-    # The class is the letter: images of one letter are more alike than those of two.
-    likeness = np.abs(np.corrcoef(images.flatten(1))) - np.eye(200)
-    same = letters.labels[:200, None] == letters.labels[:200]
-    assert likeness[same].mean() > likeness[~same].mean() + 0.1
 
 
 def test_images_are_cropped_as_adm_does_and_transparent_parts_are_white(tmp_path):
@@ -814,10 +762,9 @@ def test_images_are_cropped_as_adm_does_and_transparent_parts_are_white(tmp_path
     # Black ink on the left; what is transparent, on the right, is black as well.
     ink = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     ink.paste((0, 0, 0, 255), (0, 0, 4, 8))
-    for image in (ink, ink.convert("LA"), ink.convert("P")):
-        image.save(path)
-        found = sample.open_image(path, 8, 3)
-        assert (found[..., :4] == 0).all() and (found[..., 4:] == 255).all()
+    ink.convert("P").save(path)
+    found = sample.open_image(path, 8, 3)
+    assert (found[..., :4] == 0).all() and (found[..., 4:] == 255).all()
 
 
 def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tmp_path, capfd):
@@ -829,13 +776,12 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
     assert run(train, *flags, "--out", tmp_path / "a") == 0
     flags += ["--cache", tmp_path / "cache"]
     answers = iter([sample.VAE.moments])
-    with monkeypatch.context() as patch, pytest.raises(StopIteration):
-        patch.setattr(sample.VAE, "moments", lambda *given: next(answers)(*given))
+    interrupted = patch.object(sample.VAE, "moments", lambda *given: next(answers)(*given))
+    with interrupted, pytest.raises(StopIteration):
         run(train, *flags, "--out", tmp_path / "b")
     assert not (tmp_path / "cache/latents.npy").exists()
 
-    # Encoded, then trained from when the images are gone: the latents are the same, mirrored
-    # ones, too, up to the rounding to fp16.
+    # Encoded, then read when the images are gone: the same latents, up to the rounding to fp16.
     assert run(train, *flags, "--steps", 1, "--out", tmp_path / "c") == 0
     data.rename(tmp_path / "moved")
     assert run(train, *flags, "--out", tmp_path / "d") == 0
@@ -846,6 +792,13 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
     for key, value in (("data", "letters"), ("image-size", 32), ("vae", other)):
         assert run(train, *flags, f"--{key}", value, "--out", tmp_path / "e") == 2
         assert f"was made with {key.replace('-', '_')} " in capfd.readouterr().err
+
+    # Workers read the cache, however they are started.
+    latents, _, _ = train.open_data(train.parse([*map(str, flags)]), sample.load_codec(vae))
+    for method in ("fork", "forkserver", "spawn"):
+        workers = {"num_workers": 1, "multiprocessing_context": method}
+        x, _ = next(iter(DataLoader(latents, sampler=[(3, True)], **workers)))
+        assert torch.equal(x[0], latents[3, True][0])
 
 
 def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae):
@@ -895,19 +848,18 @@ def by_hand(dod, y, cfg, guide_on="both", cfg_channels=3, interval=(0, 1), prior
     ({"cfg": [2.0, 3.0, 3.0], "interval": (0.5, 0.6)}, [2, 3, 3]),
 ])  # fmt: skip
 def test_fig3a_each_stage_is_guided_by_the_stage_before(given, w):
-    # Both programs take notes of when they run the network, and LEM: once a stage.
+    # The network and LEM, which runs once a stage, count their runs.
     dod = awake()
     y = torch.tensor([1, 4, 0])
-    runs = []
-    dod.register_forward_hook(lambda *rest: runs.append("network"))
-    dod.lem.register_forward_hook(lambda *rest: runs.append("LEM"))
+    count = Mock(return_value=None)
+    dod.register_forward_hook(count)
+    dod.lem.register_forward_hook(count)
     euler = dict(solver="euler", steps=2, seed=7, start=5)
     samples, nfe = sample.generate(dod, y, 3, **given, **euler)
-    spent = runs.copy()
-    runs.clear()
+    spent = count.call_count
     expected = by_hand(dod, y, **(given | {"cfg": w}))
     assert all(close(z, e, 1e-4) for z, e in zip(samples, expected, strict=True))
-    assert spent == runs and [n.tolist() for n in nfe] == [[2] * 3] * 3
+    assert count.call_count == 2 * spent and [n.tolist() for n in nfe] == [[2] * 3] * 3
 
 
 def test_an_image_is_a_function_of_seed_and_number_or_is_refused(monkeypatch):
@@ -918,8 +870,7 @@ def test_an_image_is_a_function_of_seed_and_number_or_is_refused(monkeypatch):
     for key in ((2, range(4), 0), (1, range(1, 5), 0), (1, range(4), 1)):
         assert not close(z, draw((50, 50), *key), 0.5)
 
-    # All at once, and the last three in batches of two: the same images at the same cost. In
-    # double precision: in single, rounding may tip RK45 into other steps.
+    # All at once, and the last three in batches of two: the same images, in double precision.
     monkeypatch.setattr(sample, "noise", lambda *key: draw(*key).double())
     dod = awake().double()
     y = torch.arange(5)
@@ -936,11 +887,6 @@ def test_an_image_is_a_function_of_seed_and_number_or_is_refused(monkeypatch):
         with pytest.raises(UserError, match=words):
             sample.generate(awake(replace(TINY, **config)), y, cfg=[2.0, 2.0])
 
-    # RK45 notices by itself; Euler's result is looked at after the last stage.
-    dod.final.linear.bias.data[0] = math.inf
-    with pytest.raises(FloatingPointError, match="sample is not finite"):
-        sample.generate(dod, y, solver="euler", steps=1)
-
 
 SET = ["--device", "cpu", "--solver", "euler", "--steps", 2, "--seed", 7, "--batch-size", 4]
 
@@ -956,17 +902,13 @@ def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(ckpt, tmp_
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes(), printed
     assert np.array_equal(np.load(tmp_path / "last.npz")["arr_0"], one["arr_0"][6:])
 
-    # They are those of stage 2, at the model's own scale, also in their PNG files.
+    # They are those of stage 2, at the model's own scale.
     y = one["arr_1"].tolist()
     dod = sample.load_model(sample.load_checkpoint(ckpt))
     samples, _ = sample.generate(dod, torch.tensor(y), solver="euler", steps=2, seed=7)
     images = sample.Codec().decode(samples[1]).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
     assert np.array_equal(one["arr_0"], images)
-    for n, k in enumerate(y):
-        file = Image.open(tmp_path / f"two/{n:06}-{k}.png")
-        assert np.array_equal(np.array(file), images[n])
-
-    assert len(set(y)) > 1 and set(y) <= {1, 2, 3}
+    assert set(y) == {1, 2, 3}
 
 
 def test_priors_are_rows_and_mixtures_lead_from_one_to_the_other(ckpt, tmp_path, monkeypatch):
@@ -983,28 +925,21 @@ def test_priors_are_rows_and_mixtures_lead_from_one_to_the_other(ckpt, tmp_path,
     assert run(sample, *flags, "--cfg", 3, "--mix", 3) == 0
     mixed = grids[1][1][0][1]
     assert torch.equal(torch.cat([mixed[:3], mixed[6:]]), matrix)
-    assert not torch.equal(mixed[4:6], matrix[1:3]) and not torch.equal(mixed[4:6], matrix[4:])
-
-
-class Code:
-    """Unpickling it would write a file."""
-
-    def __reduce__(self):
-        return open, ("executed", "w")
+    assert not torch.equal(mixed[4:6], matrix[1:3])
 
 
 @pytest.mark.parametrize("argv, message", [
     ("train --data nowhere", "--data nowhere is neither letters nor a folder"),
-    ("train --data half", "a. Supported extensions"),
-    ("train --data data --held-out 0.9", "has no image left to train on; lower --held-out"),
-    ("train --data broken", "broken/b/1.png is not a readable image"),
+    ("train --data R", "find any class folder in R"),
+    ("train --data data --held-out 0.9", "lower --held-out"),
+    ("train --data data", "data/b/1.png is not a readable image"),
     ("train --p-s 0", "--p-s 0.0 leaves S without an image"),
     ("train --p-s 1", "LEM in a micro-batch of 8"),
     ("train --grad-accum 3", "8 is not divisible by 1 ranks x 3 micro-batches"),
-    ("train --vae ./nothing --image-size 16", "/nothing"),
+    ("train --vae ./nothing --image-size 16", "nothing"),
     ("train --device cuda:99", "device cuda:99 is not available here"),
     ("train --out R", "R has files already"),
-    ("train --out R --resume --lr 1", "--lr was 0.002, now 1.0"),
+    ("train --out R --resume --lr 1", "was 0.002, now 1.0"),
     ("train --out R --resume --latent-tokens 4", "was 2, now 4"),
     ("train --out R --resume --class-groups 2", "now ['A-E', 'F-J']"),
     ("sample --classes K", "class 'K' is unknown; there are A, B"),
@@ -1019,10 +954,8 @@ def test_mistakes_end_in_one_line(argv, message, trained, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "R")
     folder(Path("data"))
-    folder(Path("broken"))
-    Path("broken/b/1.png").write_text("mine")
-    Path("half/a").mkdir(parents=True)
-    torch.save(Code(), "code.pt")
+    Path("data/b/1.png").write_text("mine")
+    torch.save(sample.load_checkpoint("R/ckpt.pt") | {"code": Namespace()}, "code.pt")
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
 
     # One line of error, exit status 2, and no traceback.
@@ -1035,42 +968,65 @@ def test_mistakes_end_in_one_line(argv, message, trained, tmp_path, monkeypatch,
 
     # Nothing is written, but by a run that meets a broken image on its way.
     after = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-    assert after == before or "train --data broken" in argv
+    assert after == before or argv == "train --data data"
 
 
-# ------------------------------------------------- section 4.1: the metrics and their features
+class NeverWaits(TorchDispatchMode):
+    """Fails where an operation makes the host wait for a GPU, or moves data between devices."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = {x.device for x in (*args, result) if isinstance(x, torch.Tensor)}
+        assert not re.search("local_scalar_dense|nonzero", str(function))
+        assert "copy" not in str(function) or len(devices) == 1, function
+        return result
 
 
-def test_fid_in_closed_form_and_against_scipy():
-    # One basis, two spectra with zeros: covariances that commute and are singular.
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch without CUDA")
+def test_a_step_and_euler_s_method_never_wait_for_a_gpu(monkeypatch):
+    # PyTorch's engine cannot run backwards without a real GPU: gradients are there from the start.
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda self, set_to_none: None)
+    with FakeTensorMode(), torch.device("cuda"):
+        dod = DoD(TINY)
+        optimizer = torch.optim.AdamW(dod.parameters(), 1e-4, fused=True)
+        x = torch.empty(8, 3, 8, 8)
+        y = torch.arange(8)
+        for p in dod.parameters():
+            p.grad = torch.empty_like(p)
+
+    # Two steps: in the second one, the optimizer's state exists already.
+    with FakeTensorMode(allow_non_fake_inputs=True), NeverWaits(), torch.no_grad():
+        for step in (1, 2):
+            given = (x, x, x[:, 0, 0, 0], y)
+            loss, _ = train.training_step(dod, dod, optimizer, given, [y[:2], y[:2]], step)
+        e_s = dod.visual_prior(x)
+        z0, _ = sample.sample_stage(dod, x, y, e_s, 2.0, "both", None, None, "euler", 3)
+    assert loss.device.type == z0.device.type == "cuda"
+
+
+# ------------------------------------------- section 4.1, Fig. 4, Tables 2-5: metrics and commands
+
+
+def test_fid_against_scipy_where_one_covariance_is_singular():
     rng = np.random.default_rng(0)
-    mu1, mu2 = rng.standard_normal((2, 20))
-    a, b = rng.uniform(0, 3, (2, 20))
-    a[:5] = 0
-    b[3:9] = 0
     V = np.linalg.qr(rng.standard_normal((20, 20)))[0]
-    expected = ((mu1 - mu2) ** 2).sum() + ((a**0.5 - b**0.5) ** 2).sum()
-    found = evaluate.frechet_distance(mu1, V * a @ V.T, mu2, V * b @ V.T)
-    assert found == pytest.approx(expected)
+    S1 = V * np.append(np.zeros(5), rng.uniform(0, 3, 15)) @ V.T
+    mu1 = rng.standard_normal(20) + 30
 
-    # Others: the formula as it is printed. The moments are in float64, with ddof = 1.
+    # The formula as it is printed. The moments are in float64, with ddof = 1.
     x = torch.randn(30, 20) + 30
-    S1 = V * (a + 1) @ V.T
     S2 = np.cov(x.double().T)
     expected = ((mu1 - x.double().mean(0).numpy()) ** 2).sum()
     expected += np.trace(S1 + S2 - 2 * sqrtm(S1 @ S2).real)
     found = evaluate.frechet_distance(mu1, S1, *evaluate.moments(x))
-    assert found == pytest.approx(expected, rel=1e-9)
+    assert found == pytest.approx(expected, rel=1e-8)
 
 
-def test_is_of_sure_classifiers_and_of_torch_fidelity():
-    # Ten classes, each certain, are worth 10; where each of two parts has five, 5.
-    sure = torch.eye(10).repeat_interleave(30, 0)
-    assert [evaluate.inception_score(sure, n)[0] for n in (1, 2)] == pytest.approx([10, 5])
-
-    fidelity = pytest.importorskip("torch_fidelity.metric_isc")
+def test_is_of_torch_fidelity():
+    library = pytest.importorskip("torch_fidelity.metric_isc")
     logits = 3 * torch.randn(100, 12)
-    theirs = fidelity.isc_features_to_metric(logits, splits=10, shuffle=False)
+    theirs = library.isc_features_to_metric(logits, splits=10, shuffle=False)
     assert evaluate.inception_score(logits.softmax(1)) == pytest.approx((*theirs.values(),), 1e-5)
 
 
@@ -1092,14 +1048,12 @@ def test_psnr_and_ssim_are_the_written_out_formulas():
         """SciPy's Gaussian window of 11 pixels, less what the border touches."""
         return gaussian_filter(z, 1.5, truncate=3.5)[5:-5, 5:-5]
 
-    # Eq. 13 of Wang et al. (2004), in dark images, where both constants matter.
+    # Eq. 13 of Wang et al. (2004), in dark images. Of two channels one is the same in both.
     rng = np.random.default_rng(4)
     a, b = rng.integers(0, 30, (2, 20, 17)).astype(float)
     variances = blur(a * a) - blur(a) ** 2 + blur(b * b) - blur(b) ** 2
     top = (2 * blur(a) * blur(b) + 2.55**2) * (2 * (blur(a * b) - blur(a) * blur(b)) + 7.65**2)
     one = (top / (blur(a) ** 2 + blur(b) ** 2 + 2.55**2) / (variances + 7.65**2)).mean()
-
-    # Of two channels one is the same in both images.
     x = torch.from_numpy(np.stack([[a, a]])).byte()
     y = torch.from_numpy(np.stack([[a, b]])).byte()
     assert evaluate.ssim(x, y).item() == pytest.approx((1 + one) / 2, rel=1e-10)
@@ -1123,11 +1077,11 @@ def test_table2_the_linear_probe_is_at_the_minimum_and_blind_to_scale():
     assert found == fitted.score(x_test[:500], y[:500]) > 0.6
 
 
-def test_comparing_shuffles_for_the_is_and_warns_of_too_few_images(monkeypatch, capsys):
-    # 10,000 sure images in order of class: each of the two parts of 5,000 would have five.
+def test_comparing_shuffles_for_the_is(monkeypatch):
+    # 10,000 sure images of ten classes are worth 10; in their order, each part would have five.
     monkeypatch.setattr(evaluate, "precision_recall", lambda real, fake: (len(real), len(fake)))
     monkeypatch.setattr(evaluate, "inception_score", Mock(wraps=evaluate.inception_score))
-    logits = 99 * torch.eye(10).repeat_interleave(1000, 0)
+    logits = 999 * torch.eye(10).repeat_interleave(1000, 0)
     real = evaluate.Features(torch.rand(100, 2), None, torch.rand(100, 3))
     fake = evaluate.Features(torch.rand(10_000, 2), logits, torch.rand(10_000, 3) ** 2)
     columns = evaluate.compare(real, fake)
@@ -1138,24 +1092,14 @@ def test_comparing_shuffles_for_the_is_and_warns_of_too_few_images(monkeypatch, 
         moments = [*evaluate.moments(a), *evaluate.moments(b)]
         assert columns[key] == evaluate.frechet_distance(*moments)
 
-    # Fewer images than features, on either side.
-    assert "warning" not in capsys.readouterr().out
-    for n, m in ((4, 9), (9, 4)):
-        few = evaluate.Features(torch.rand(n, 5), logits[:n], None)
-        evaluate.compare(few, evaluate.Features(torch.rand(m, 5), logits[:m], None))
-        assert "too few for 5 features" in capsys.readouterr().out
 
-
-# ------------------------------------------------------------- Fig. 4 and Tables 2-5: the commands
-
-
-TRAINING, HELD_OUT, _ = train.load_data("letters", 12, 1, 0.1)
+TRAINING, HELD_OUT, _ = train.load_data("letters", 16, 1, 0.1)
 
 
 def derived(folder: Path, **changes) -> Path:
-    """The shipped checkpoint, for letters of 12 pixels, with weights that let all inputs matter."""
-    saved = sample.load_checkpoint(sample.SHIPPED) | {"image_size": 12, "optimizer": {}}
-    config = Config(**saved["config"] | {"latent_size": 12} | changes)
+    """The shipped checkpoint, changed, with weights that let all inputs matter."""
+    saved = sample.load_checkpoint(sample.SHIPPED)
+    config = Config(**saved["config"] | changes)
     saved |= {"config": asdict(config), "ema": awake(config).state_dict()}
     torch.save(saved, folder / "ckpt.pt")
     return folder / "ckpt.pt"
@@ -1184,17 +1128,13 @@ def test_the_classifier_is_the_same_bytes_each_time_and_kept(letters_ckpt):
     before = file.read_bytes()
     file.unlink()
     torch.manual_seed(1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
     evaluate.classifier(saved, TRAINING)
-    assert torch.get_num_threads() == threads + 1
-    torch.set_num_threads(threads)
     assert file.read_bytes() == before
 
     # It is read back, in a form that does not depend on the batch.
     images, _ = evaluate.first(TRAINING, 30)
     pool, logits, _ = evaluate.classifier(saved, TRAINING)(images)
-    network = evaluate.build_classifier(12, 1, 10).eval()
+    network = evaluate.build_classifier(16, 1, 10).eval()
     network.load_state_dict(torch.load(file, weights_only=True))
     assert close(logits, network(images / 127.5 - 1), 1e-4)
     assert close(pool, network[:-1](images / 127.5 - 1), 1e-4)
@@ -1215,15 +1155,13 @@ def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_
     later = [("stage 2", 1), ("stage 3", 1), ("stage 2", 3), ("stage 3", 3)]
     expected = [("training images", None), ("stage 1", 1), *later, ("stage 1", 2)]
     assert [(row.pop("what"), row.get("w")) for row in rows] == expected
-    assert ["fid_training" in row for row in rows] == [False] + 6 * [True]
 
     # The first row: training images of the second half against the held-out ones.
     saved = sample.load_checkpoint(letters_ckpt)
     look = partial(evaluate.measure, network=evaluate.classifier(saved, TRAINING), what="x")
     images, y = evaluate.first(HELD_OUT, 100)
     others, y_others = evaluate.first(TRAINING, 100, start=11_250)
-    real = look(images)
-    other = look(others)
+    real, other = (look(z) for z in (images, others))
     share = (other.logits.argmax(1) == y_others).double().mean().item()
     assert rows[0] == pytest.approx(evaluate.compare(real, other) | {"recognised": share})
 
@@ -1234,21 +1172,17 @@ def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_
     again, _ = draw(stages=1, cfg=[3.0], prior=z0[1], seed=1)
     fake, again = (look(sample.Codec().decode(z)) for z in (z0[2], again[0]))
     share = (fake.logits.argmax(1) == y).double().mean().item()
-    moments = [*evaluate.moments(other.pool), *evaluate.moments(fake.pool)]
     expected = evaluate.compare(real, fake) | {"w": 3, "evaluations": 2, "recognised": share}
-    expected |= {"fid_training": evaluate.frechet_distance(*moments)}
+    expected |= {"fid_training": evaluate.compare(other, fake)["fid"]}
     expected |= {"spread": evaluate.spread(fake.pool, again.pool, y)}
 
-    # Table 4's compute: LEM once a stage, the unconditional branch with S, all stages up to here.
+    # Table 4's compute: LEM once a stage, the unconditional branch with S, all stages so far.
     macs = model.count_macs(dod.config)
     later = macs["lem"] + 2 * macs["e_s"] - macs["prior_mlp"] + 2 * macs["s"]
     expected |= {"gflops": (2 * macs["s"] + 2 * later) / 1e9}
     assert rows[5] == pytest.approx(expected, rel=1e-5)
-
-    # The report says what made it, without the weights.
     found = json.loads(Path("out/stages.json").read_text())
     assert found | {"features": "classifier", "count": 100, "cfg": [1, 3], "seed": 0} == found
-    assert not {"ema", "optimizer"} & set(found["checkpoint"])
 
 
 @pytest.mark.parametrize("K, N, expected", [(1, 2, (1, 2)), (2, 2, (1, 2, 1)), (10, 0, (1, 1))])
@@ -1265,10 +1199,10 @@ def test_fig4_stages_of_merged_classes_and_of_fitv2(K, N, expected, letters_ckpt
     assert ["recognised" in row for row in rows] == [K == 10] * len(rows)
 
 
-def test_fig4_reconstruct_and_table2_probe_report_their_columns(letters_ckpt, monkeypatch):
+def test_fig4_reconstruct_and_table2_probe_report_their_columns(letters_ckpt):
     flags = ["--ckpt", letters_ckpt, "--num", 70]
-    sampling = ["--steps", 4, "--cfg", "1,2", "--interval", "0.3,0.8"]
-    plain, guided = rows_of("reconstruct", *flags, *sampling)[1:]
+    sampling = ["--steps", 4, "--cfg", 2, "--interval", "0.3,0.8"]
+    _, row = rows_of("reconstruct", *flags, *sampling)
 
     # The priors are the held-out images themselves, each with its class.
     dod = sample.load_model(sample.load_checkpoint(letters_ckpt))
@@ -1277,31 +1211,24 @@ def test_fig4_reconstruct_and_table2_probe_report_their_columns(letters_ckpt, mo
     settings = {"interval": (0.3, 0.8), "solver": "euler", "steps": 4}
     (z0,), _ = sample.generate(dod, y, 1, [2.0], prior=codec.encode(images), **settings)
     for key, metric in (("psnr", evaluate.psnr), ("ssim", evaluate.ssim)):
-        assert close(guided[key], metric(images, codec.decode(z0)).mean().item())
+        assert close(row[key], metric(images, codec.decode(z0)).mean().item())
 
     # Of Euler's times 1, 0.75, 0.5 and 0.25 two are inside the interval.
     macs = model.count_macs(dod.config)
-    total = macs["lem"] + 2 * macs["e_s"] - macs["prior_mlp"] + 2 * macs["s"]
-    assert plain["gflops"] == pytest.approx(total / 1e9)
-    assert guided["gflops"] == pytest.approx((total + 2 * macs["s"]) / 1e9)
+    total = macs["lem"] + 2 * macs["e_s"] - macs["prior_mlp"] + 4 * macs["s"]
+    assert row["gflops"] == pytest.approx(total / 1e9)
 
     # The probe is fitted to training images and judged by held-out ones.
-    probed = Mock(side_effect=[0.25, 0.75])
-    monkeypatch.setattr(evaluate, "linear_probe", probed)
-    assert [row["top1"] for row in rows_of("probe", *flags)] == [0.25, 0.75]
-    mean, everything = (call.args for call in probed.mock_calls)
-    for data, i in ((TRAINING, 0), (HELD_OUT, 2)):
-        images, y = evaluate.first(data, 70)
-        l_hat = dod.lem.encode(codec.encode(images))
-        assert close(mean[i], l_hat.mean(1), 1e-4)
-        assert close(everything[i], l_hat.flatten(1), 1e-4)
-        assert torch.equal(mean[i + 1], y)
+    training, y_training = evaluate.first(TRAINING, 70)
+    l_hat, l_hat_test = (dod.lem.encode(codec.encode(z)).detach() for z in (training, images))
+    mean = evaluate.linear_probe(l_hat.mean(1), y_training, l_hat_test.mean(1), y)
+    everything = evaluate.linear_probe(l_hat.flatten(1), y_training, l_hat_test.flatten(1), y)
+    assert [row["top1"] for row in rows_of("probe", *flags)] == [mean, everything]
 
 
-def test_the_readme_s_commands_parse_and_what_its_map_names_exists():
+def test_the_readme_s_commands_parse():
     # A backslash continues a line, and a variable of the shell may be a number.
-    home = Path(train.__file__).parent
-    text = (home / "README.md").read_text()
+    text = Path(train.__file__).with_name("README.md").read_text()
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     blocks = re.sub(r"\$\w+", "1", blocks.replace("\\\n", " "))
     launch = r"(?:python|torchrun) [^\n#]*?\b(train|sample|evaluate)\.py([^\n#&|;]*)"
@@ -1310,27 +1237,11 @@ def test_the_readme_s_commands_parse_and_what_its_map_names_exists():
     for script, flags in commands:
         sys.modules[script].parse(flags.split())
 
-    # The map: each `file.py` `name`, and each test.
-    for file, name in re.findall(r"`(\w+\.py)` `([\w.]+)`", text):
-        pattern = rf"(def|class) {name.split('.')[-1]}\b"
-        assert re.search(pattern, (home / file).read_text()), name
-    for name in re.findall(r"`(test_\w+)`", text):
-        assert f"def {name}(" in Path(__file__).read_text(), name
 
-
-def reference_loss(network, x0, y, x1, t, keep) -> torch.Tensor:
-    """Eq. 3 as section 3.3 describes it: LEM reads every image, then S takes the place of some."""
-    kept = torch.isin(torch.arange(len(x0), device=x0.device), keep)
-    e_s = torch.where(kept[:, None, None], network.visual_prior(x0), network.S)
-    v = network(flow.interpolate(x0, x1, t), t, y, e_s)
-    return (x1 - x0 - v.float()).square().flatten(1).mean(1)
-
-
-def test_spread_is_0_for_equal_pairs_and_else_as_written_out():
+def test_spread_as_written_out():
     # Features of three classes of different sizes, far from each other.
     y = torch.arange(200) ** 2 % 5
     first, second = torch.randn(2, 200, 5) + 9 * y[:, None]
-    assert evaluate.spread(first, first, y) < 1e-6
     distances = cdist(first, second)
     others = [distances[i, j] for i in range(200) for j in range(200) if i != j and y[i] == y[j]]
     expected = np.diag(distances).mean() / np.mean(others)
@@ -1358,51 +1269,37 @@ def test_inception_is_torch_fidelity_s_and_sfid_reads_7_channels_of_mixed_6d(tmp
     assert close(ours[2], seen[0].permute(0, 2, 3, 1).reshape(2, 2023), 1e-4)
 
 
-def thin(images: torch.Tensor) -> tuple:
-    """Stands in for Inception: a few pixels as 3 pooled features, 4 logits, 2 spatial features."""
-    x = images.float().flatten(1)
-    return x[:, :3], x[:, 3:7] / 9, x[:, 7:9]
-
-
 def test_table5_samples_are_compared_with_images_or_moments(tmp_path, monkeypatch, capsys):
-    # The same samples as a file and as a folder that hides another file.
+    def thin(images):
+        """Stands in for Inception: a few pixels as pooled features, logits, spatial features."""
+        x = images.float().flatten(1)
+        return x[:, :3], x[:, 3:7] / 9, x[:, 7:9]
+
+    # A reference may hold the moments of another set than its images', or nothing else.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "inception", lambda *a: thin)
-    images = np.random.default_rng(0).integers(0, 256, (50_000, 2, 2, 3), np.uint8)
-    Path("fake/below").mkdir(parents=True)
-    Path("fake/.hidden.png").touch()
-    for i in range(8):
-        Image.fromarray(images[i]).save(f"fake/below/{i}.PNG")
-    images[8] = images[8, :, :, :1]  # a grey image, whose channels are equal
-    Image.fromarray(images[8, :, :, 0]).save("fake/below/8.png")
-
-    # The reference may hold the moments of another set than its images', or nothing else.
+    images = np.random.default_rng(0).integers(0, 256, (20, 2, 2, 3), np.uint8)
     mu = {"mu": np.zeros(3), "sigma": np.eye(3)}
     mu_s = {"mu_s": np.ones(2), "sigma_s": np.eye(2)}
-    arrays = {"fake": {"arr_0": images[:9]}, "real": {"arr_0": images[9:20]}, "moments": mu}
-    arrays |= {"both": arrays["real"] | mu | mu_s, "49999": {"arr_0": images[1:]}}
-    for name, content in (arrays | {"50000": {"arr_0": images}}).items():
-        np.savez(f"{name}.npz", **content)
-    real, fake = (
-        evaluate.Features(*thin(torch.from_numpy(part).permute(0, 3, 1, 2)))
-        for part in (images[9:20], images[:9])
-    )
-    columns = evaluate.compare(real, fake)
-    fid = {"fid": evaluate.frechet_distance(*mu.values(), *evaluate.moments(fake.pool))}
-    sfid = {"sfid": evaluate.frechet_distance(*mu_s.values(), *evaluate.moments(fake.spatial))}
-    for ref, path, expected in (
-        ("real", "fake.npz", columns), ("both", "fake", columns | fid | sfid),
-        ("moments", "fake", fid),
-    ):  # fmt: skip
-        (row,) = rows_of("samples", "--ref", f"{ref}.npz", "--samples", path)
-        assert row.pop("what") == path
-        assert row == pytest.approx(expected)
-    assert "FID alone" in capsys.readouterr().out
+    np.savez("moments.npz", **mu)
+    np.savez("both.npz", arr_0=images[9:], **mu, **mu_s)
+    Path("folder/below").mkdir(parents=True)
+    for i in range(9):
+        Image.fromarray(images[i]).save(f"folder/below/{i}.PNG")
 
-    # FID-50K is the name of 50,000 samples against the moments of a whole set.
-    for path, name in (("50000.npz", "FID-50K"), ("49999.npz", "fid")):
-        (row,) = rows_of("samples", "--ref", "moments.npz", "--samples", path)
-        assert list(row) == ["what", name]
+    # A set of samples may be a file or a folder.
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    a, b = (evaluate.Features(*thin(part)) for part in (x[:9], x[9:]))
+    fid = {"fid": evaluate.frechet_distance(*mu.values(), *evaluate.moments(a.pool))}
+    sfid = {"sfid": evaluate.frechet_distance(*mu_s.values(), *evaluate.moments(a.spatial))}
+    for ref, path, expected in (
+        ("folder", "both.npz", evaluate.compare(a, b)),
+        ("both.npz", "folder", evaluate.compare(b, a) | fid | sfid),
+        ("moments.npz", "folder", fid),
+    ):
+        (row,) = rows_of("samples", "--ref", ref, "--samples", path)
+        assert row == pytest.approx({"what": path} | expected)
+    assert "FID alone" in capsys.readouterr().out
 
 
 def test_fig2_cost_takes_each_method_at_its_best_scale_by_training_fid(tmp_path, monkeypatch):
@@ -1421,8 +1318,7 @@ def test_fig2_cost_takes_each_method_at_its_best_scale_by_training_fid(tmp_path,
         assert ("out/lem0 stage 1", images, 1, old["rows"][1]["fid"]) in found
 
     # FIDs by another classifier, of other counts or of other images make no common curve.
-    other = {"checkpoint": old["checkpoint"] | {"fingerprint": "other"}}
-    for change in (other, {"count": 9}, {"features": "inception"}):
+    for change in ({"count": 9}, {"features": "inception"}, {"checkpoint": {"fingerprint": ""}}):
         Path("changed.json").write_text(json.dumps(old | change))
         assert run(evaluate, "cost", *paths, "changed.json") == 2
 
@@ -1431,11 +1327,11 @@ def test_fig2_cost_takes_each_method_at_its_best_scale_by_training_fid(tmp_path,
     ("stages --ckpt ckpt.pt --out taken.json", "taken.json exists"),
     ("stages --ckpt ckpt.pt --data broken", "has not the images"),
     ("stages --ckpt ckpt.pt --cfg 0.5", "between 1 and"),
-    ("samples --ref empty --samples empty --inception none.pth", "--inception"),
     ("samples --ref empty --samples empty", "one size"),
     ("samples --ref empty --samples mixed", "one size"),
     ("samples --ref empty --samples broken", "a/1.png is not a readable image"),
     ("probe --ckpt fitv2/ckpt.pt", "no LEM"),
+    ("probe --ckpt ckpt.pt", "without torchrun"),
 ])  # fmt: skip
 def test_faults_of_evaluation_end_in_one_line(argv, words, letters_ckpt, monkeypatch, capsys):
     for folder in ("empty", "mixed", "broken/a", "fitv2"):
@@ -1445,22 +1341,16 @@ def test_faults_of_evaluation_end_in_one_line(argv, words, letters_ckpt, monkeyp
     Image.new("L", (8, 8)).save("mixed/1.png")
     Image.new("L", (8, 9)).save("mixed/2.png")
     derived(Path("fitv2"), N=0)
-    if "--inception" not in argv:
-        monkeypatch.setattr(evaluate, "inception", lambda *a: thin)
+    monkeypatch.setattr(evaluate, "inception", Mock())
+    monkeypatch.setenv("WORLD_SIZE", "2" if "torchrun" in words else "1")
     assert run(evaluate, *argv.split()) == 2
     assert words in capsys.readouterr().err
-
-    # Under torchrun every rank would do all the work.
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    run(evaluate, "probe", "--ckpt", "ckpt.pt")
-    assert "without torchrun" in capsys.readouterr().err
 
 
 def test_the_shipped_weights_show_the_paper_s_effect():
     # A classifier of real letters judges 200 samples of each stage.
-    training, _, _ = train.load_data("letters", 16, 1, 0.1)
     judge = evaluate.build_classifier(16, 1, 10)
-    evaluate.fit(judge, *evaluate.first(training, 2000), steps=120)
+    evaluate.fit(judge, *evaluate.first(TRAINING, 2000), steps=120)
     judge.eval()
     y = torch.arange(200) % 10
     dod = sample.load_model(sample.load_checkpoint(sample.SHIPPED))
@@ -1470,14 +1360,16 @@ def test_the_shipped_weights_show_the_paper_s_effect():
     assert recognised[1] > max(0.6, 1.15 * recognised[0])
 
 
-def test_eq3_the_benchmark_s_reference_has_the_same_values():
-    x0, x1, y, t = batch()
-    inputs = (awake(), x0, y, x1, t, HALF)
-    assert close(reference_loss(*inputs), flow.rectified_flow_loss(*inputs))
+def reference_loss(network, x0, y, x1, t, keep) -> torch.Tensor:
+    """Eq. 3 as section 3.3 describes it: LEM reads every image, then S takes the place of some."""
+    kept = torch.isin(torch.arange(len(x0), device=x0.device), keep)
+    e_s = torch.where(kept[:, None, None], network.visual_prior(x0), network.S)
+    v = network(flow.interpolate(x0, x1, t), t, y, e_s)
+    return (x1 - x0 - v.float()).square().flatten(1).mean(1)
 
 
 def main() -> None:
-    """Times the training step, one in which LEM reads every image, and a large matrix product."""
+    """Times the training step and one in which LEM reads every image."""
     parser = sample.Parser(description=main.__doc__)
     parser.add_argument("--model", choices=[k for k in CONFIGS if CONFIGS[k].N], default="DoD-B")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -1493,27 +1385,17 @@ def main() -> None:
     _, ema, optimizer, network = train.build(flags, config, device)
     x0, x1, y, t = (x.to(device) for x in batch(args.batch_size, config))
     keep = [torch.arange(1, len(y), 2, device=device)]
-    side = 8192 if cuda else 3072
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else None)
+    step = partial(train.training_step, network, ema, optimizer, (x0, x1, t, y), keep, 1, cuda)
 
-    def seconds(call, loss=None):
+    def seconds(loss):
         """The median of several calls, after a warm-up, with a GPU's work finished."""
-        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
         with patch.object(train, "rectified_flow_loss", loss):
             return timer.blocked_autorange(min_run_time=10).median
 
-    step = partial(train.training_step, network, ema, optimizer, (x0, x1, t, y), keep, 1, cuda)
-    ours = seconds(step, flow.rectified_flow_loss)
-    reference = seconds(step, reference_loss)
-    product = seconds(partial(torch.mm, matrix, matrix))
-
-    # FLOPs as in Table 1's budget: three passes, two operations for each multiply-accumulate.
-    macs = model.count_macs(config, attention=True)
-    flops = 6 * len(y) * (macs["e_s"] + (macs["lem"] - macs["prior_mlp"]) / 2)
+    ours = seconds(flow.rectified_flow_loss)
+    reference = seconds(reference_loss)
     print(f"{len(y) / ours:.4g} images/s, {ours / reference:.3f} of the reference's time")
-    print(f"{flops / ours / (2 * side**3 / product):.0%} of the rate of a matrix product")
-    if cuda:
-        print(f"memory: {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

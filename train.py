@@ -191,71 +191,74 @@ def train(args: argparse.Namespace) -> None:
     began = time.time()
     waited = 0.0
     steps = range(done + 1, args.steps + 1)
-    for step in tqdm(steps, initial=done, total=args.steps, mininterval=1, disable=rank > 0):
-        # The time spent waiting here tells whether the loader keeps up with the device.
-        asked = time.time()
-        x, y = next(loaded)
-        waited += time.time() - asked
-        x = x.to(device, non_blocking=True)
-        y = y.to(device, non_blocking=True)
+    try:
+        for step in tqdm(steps, initial=done, total=args.steps, mininterval=1, disable=rank > 0):
+            # The time spent waiting here tells whether the loader keeps up with the device.
+            asked = time.time()
+            x, y = next(loaded)
+            waited += time.time() - asked
+            x = x.to(device, non_blocking=True)
+            y = y.to(device, non_blocking=True)
 
-        # Noise, times and dropped classes are drawn for the global batch: this is our share.
-        draws = draw_noise(args.seed, step, args.batch_size, config, generator)
-        x1, eps, t, dropped = [draw[share] for draw in draws]
-        x0 = to_latents(x, eps, codec)
-        y = y * config.num_classes // len(training.classes)  # --class-groups: neighbours are one
-        y = torch.where(dropped, model.null_class, y)
-        if step == done + 1 and codec.name != "none" and not 0.5 < x0.std() < 2:
-            print(f"warning: latents have std {x0.std():.3g}, not 1: is scaling_factor right?")
+            # Noise, times and dropped classes are drawn for the global batch: this is our share.
+            draws = draw_noise(args.seed, step, args.batch_size, config, generator)
+            x1, eps, t, dropped = [draw[share] for draw in draws]
+            x0 = to_latents(x, eps, codec)
+            y = (
+                y * config.num_classes // len(training.classes)
+            )  # --class-groups: neighbours are one
+            y = torch.where(dropped, model.null_class, y)
+            if step == done + 1 and codec.name != "none" and not 0.5 < x0.std() < 2:
+                print(f"warning: latents have std {x0.std():.3g}, not 1: is scaling_factor right?")
 
-        # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, step / max(1, args.warmup))
-        loss, norm = training_step(
-            network, ema, optimizer, (x0, x1, t, y), keep, step, bf16, args.ema_decay
-        )
-        pending.append((step, loss, norm))
+            # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(1, step / max(1, args.warmup))
+            loss, norm = training_step(
+                network, ema, optimizer, (x0, x1, t, y), keep, step, bf16, args.ema_decay
+            )
+            pending.append((step, loss, norm))
 
-        # Several ranks agree at every tenth step on whether one was told to stop: more often would
-        # slow GPUs down, and torchrun waits 30 s before it kills them.
-        stop = bool(caught)
-        if dist.is_initialized():
-            votes = torch.tensor(len(caught), device=device)
-            stop = step % 10 == 0 and sum_over_ranks(votes).item() > 0
+            # Several ranks agree on a signal at every tenth step: always would slow GPUs down, and
+            # torchrun waits 30 s before it kills them.
+            stop = bool(caught)
+            if dist.is_initialized():
+                votes = torch.tensor(len(caught), device=device)
+                stop = step % 10 == 0 and sum_over_ranks(votes).item() > 0
 
-        # Now and then: log, save, draw. Only then need the GPU have finished.
-        save = stop or step == args.steps or step % args.save_every == 0
-        milestone = args.keep_every > 0 and step % args.keep_every == 0
-        if not (save or milestone or step % args.log_every == 0):
-            continue
+            # Now and then: log, save, draw. Only then need the GPU have finished.
+            save = stop or step == args.steps or step % args.save_every == 0
+            milestone = args.keep_every > 0 and step % args.keep_every == 0
+            if not (save or milestone or step % args.log_every == 0):
+                continue
 
-        # Nothing is written after a loss that is not finite: the last good checkpoint stays.
-        record = summarise(pending, ckpt)
-        seconds = time.time() - began
-        record["images_per_s"] = len(pending) * args.batch_size / seconds
-        record["waiting_for_data"] = waited / seconds  # a share of the time
+            # Nothing is written after a loss that is not finite: the last good checkpoint stays.
+            record = summarise(pending, ckpt)
+            seconds = time.time() - began
+            record["images_per_s"] = len(pending) * args.batch_size / seconds
+            record["waiting_for_data"] = waited / seconds  # a share of the time
 
-        # A milestone has all that sampling needs, ckpt.pt what resuming needs as well.
-        if rank == 0:
-            if save and len(held_out):
-                record["held_out_loss"] = held_out_loss(ema, held_out, codec, args)
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
-            if milestone:
-                save_checkpoint(out / f"ema-{step:07}.pt", about, step, {"ema": ema})
-                draw_samples(ema, codec, training, args.seed, out / f"samples-{step:07}.png")
-            if save:
-                save_checkpoint(ckpt, about, step, parts)
-        if stop:
-            break
+            # A milestone has all that sampling needs, ckpt.pt what resuming needs as well.
+            if rank == 0:
+                if save and len(held_out):
+                    record["held_out_loss"] = held_out_loss(ema, held_out, codec, args)
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps(record) + "\n")
+                if milestone:
+                    save_checkpoint(out / f"ema-{step:07}.pt", about, step, {"ema": ema})
+                    draw_samples(ema, codec, training, args.seed, out / f"samples-{step:07}.png")
+                if save:
+                    save_checkpoint(ckpt, about, step, parts)
+            if stop:
+                break
 
-        # The next interval. Saving and drawing do not count in its images per second.
-        pending = []
-        began = time.time()
-        waited = 0.0
+            # The next interval. Saving and drawing do not count in its images per second.
+            pending = []
+            began = time.time()
+            waited = 0.0
+    finally:
+        del loaded  # tells the workers to end: a SIGTERM would not
 
-    # Ended by a signal, or at the end of the run.
-    del loaded  # tells the loader's workers to end: they ignore signals
     wait()  # until rank 0 has saved: a rank that ends makes torchrun end the others
     if stop:
         print(f"stopped after step {step}; the same command with --resume continues")
@@ -410,8 +413,7 @@ def split(everything: list, held_out: float) -> tuple[Labelled, Labelled]:
     training = Labelled(*everything, order[cut:])
     untrained = set(range(len(classes))) - set(training.labels.tolist())
     if untrained:
-        name = classes[min(untrained)]
-        raise UserError(f"class {name} has no image left to train on; lower --held-out")
+        raise UserError(f"class {classes[min(untrained)]} has no training image; lower --held-out")
     return training, Labelled(*everything, order[:cut])
 
 
@@ -521,8 +523,7 @@ def resume(path: Path, parts: dict, about: dict) -> int:
     free = ("data", "codec", "config", "cfg", "fingerprint")
     for key, value in (about | about["config"]).items():
         if key not in free and then.get(key) != value:
-            flag = f"--{key.replace('_', '-')}"
-            raise UserError(f"cannot resume {path}: {flag} was {then.get(key)}, now {value}")
+            raise UserError(f"cannot resume {path}: {key} was {then.get(key)}, now {value}")
 
     # A broken image may have been mended or removed since: the run goes on, and says so.
     if saved["fingerprint"] != about["fingerprint"]:
@@ -547,7 +548,7 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> tup
     """-> model, its EMA, optimizer and network of a new run. The network is what training calls:
     the model, with --compile compiled, and with several ranks inside of DistributedDataParallel.
 
-    CHOICE: AdamW's betas are the usual ones; the paper names rate and weight decay (section 4.1).
+    CHOICE: AdamW's betas are the usual 0.9 and 0.999; section 4.1 names rate and weight decay.
     """
     torch.manual_seed(args.seed)
     model = DoD(config)
@@ -562,8 +563,7 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> tup
     # The average starts as a copy of the weights; it is never trained itself.
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    weights = model.parameters()
-    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, 0.999), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0, fused=True)
 
     # Compiled block by block, so that the weights keep their names.
     blocks = [module for module in model.modules() if isinstance(module, (Block, ViTBlock))]
