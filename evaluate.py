@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -37,7 +36,8 @@ from tqdm import tqdm
 from model import UserError, count_macs, stage_macs
 from sample import (
     SETTINGS, Parser, add_sampling_flags, at_least, draw_grid, generate, load_checkpoint,
-    load_codec, load_model, pick_device, processes, refuse_existing, replacing, run_command,
+    load_codec, load_image, load_model, pick_device, processes, refuse_existing, replacing,
+    run_command,
 )  # fmt: skip
 from train import Labelled, load_data
 
@@ -57,8 +57,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     symmetric eigendecompositions are exact and fast where scipy.linalg.sqrtm is neither.
     mu (D,), sigma (D, D), tensors or arrays.
     """
-    moments = [torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2)]
-    mu1, sigma1, mu2, sigma2 = moments
+    given = [torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2)]
+    mu1, sigma1, mu2, sigma2 = given
 
     # A = S1^1/2, then the square roots of the eigenvalues of A S2 A. Rounding may leave eigenvalues
     # just below 0.
@@ -79,7 +79,7 @@ def inception_score(probs, splits: int = 10) -> tuple[float, float]:
     scores = []
     for p in torch.as_tensor(probs).double().tensor_split(splits):
         divergence = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))  # with 0 log 0 = 0
-        scores.append(divergence.sum(1).mean().exp().item())  # one score a part
+        scores.append(divergence.sum(1).mean().exp().item())  # e^KL of this part
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -95,7 +95,7 @@ def precision_recall(real, fake, k: int = 3) -> tuple[float, float]:
 
     def covered(points, centres):
         """The share of points inside any ball, in blocks of 128 MB."""
-        rows = max(1, 2**25 // len(centres))  # of a block of distances
+        rows = max(1, 2**25 // len(centres))  # (rows, m) distances at a time
 
         # The radius of each centre's ball. k + 1, since the nearest neighbour of all is itself.
         radii = []
@@ -123,13 +123,13 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     a = a.double()
     b = b.double()
 
-    # The window; softmax brings the sum of its weights to 1.
+    # The window is g times its transpose; softmax brings the sum of its weights to 1.
     g = (-torch.arange(-5, 6).double().square() / (2 * 1.5**2)).softmax(0)  # (11,)
-    window = g.outer(g)[None, None]  # (1, 1, 11, 11)
 
     def mean(x):
         """The window's mean at each place: (n, C, H, W) -> (n, C * places)."""
-        return F.conv2d(x.flatten(0, 1)[:, None], window).view(len(a), -1)
+        x = F.conv2d(x.flatten(0, 1)[:, None], g.view(1, 1, -1, 1))
+        return F.conv2d(x, g.view(1, 1, 1, -1)).view(len(a), -1)
 
     # Weighted moments at each place, then the formula.
     mu_a = mean(a)
@@ -224,7 +224,7 @@ def fit(network: nn.Sequential, images: torch.Tensor, y: torch.Tensor, steps: in
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for _ in tqdm(range(steps), "training the classifier", leave=False, disable=None):
         # Each image has its own level of noise.
-        batch = torch.randint(len(images), (128,))  # with replacement
+        batch = torch.randint(len(images), (128,))  # (128,)
         noise = 24 * torch.rand(128, 1, 1, 1) * torch.randn(128, *images.shape[1:])
         optimizer.zero_grad()
         F.cross_entropy(network((images[batch] + noise) / 127.5 - 1), y[batch]).backward()
@@ -235,7 +235,7 @@ def fit(network: nn.Sequential, images: torch.Tensor, y: torch.Tensor, steps: in
 def classifier(saved: dict, training: Labelled) -> Callable:
     """For small images: a CNN fitted to the checkpoint's training images, and kept under out/. It
     always learns the original classes, so that --class-groups leaves FID on the same scale, and
-    runs on the CPU, so that it is the same everywhere. Raises UserError for data of one class."""
+    runs on the CPU, with or without a GPU. Raises UserError for data of one class."""
     if len(training.classes) < 2:
         raise UserError("images of one class have no classifier; use --features inception")
 
@@ -280,10 +280,7 @@ def read_images(path: Path) -> Iterator[torch.Tensor]:
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             if file.suffix.lower() in IMG_EXTENSIONS and file.name[0] != ".":
-                try:
-                    yield pil_to_tensor(Image.open(file).convert("RGB"))
-                except OSError as error:
-                    raise UserError(f"{file} is not a readable image ({error})") from None
+                yield pil_to_tensor(load_image(file, 3))
         return
 
     # The layout of guided-diffusion's files, and of those that sample.py --npz writes.
@@ -370,6 +367,7 @@ class Run:
             self.network = inception(args.inception, self.device)
         self.real, self.y = first(self.held_out, args.num)  # (n, channels, size, size), (n,)
         self.measured = measure(self.real, self.network, "held-out images")
+        # Not those at the beginning, which the classifier has learned.
         images, y = first(self.training, len(self.y), start=len(self.training) // 2)
         self.rows = []
         self.blocks = [("real", self.real[:10])]
@@ -400,7 +398,7 @@ def sample_rows(args, run: Run, cfg: list[float], prior=None) -> Iterator[tuple]
     # Outside --interval an evaluation runs the network once, with S.
     times = torch.arange(1, args.steps + 1) / args.steps
     low, high = args.interval or (0, 1)
-    outside = ((times < low) | (times > high)).sum().item()  # evaluations
+    outside = ((times < low) | (times > high)).sum().item()  # Euler steps, one evaluation each
     macs = count_macs(run.model.config)
     total = 0
     for i, z0 in enumerate(latents):
@@ -454,13 +452,14 @@ def reconstruct(args: argparse.Namespace) -> None:
     run.start_table(args)
     prior = torch.cat([run.codec.encode(x.to(run.device)) for x in run.real.split(64)])
 
-    # It starts from noise: beyond the class, all that PSNR and SSIM recognise came through LEM.
+    # Sampling starts from noise, so all that PSNR and SSIM find beyond the class came through LEM.
     for w in args.cfg:
         for row, images, _ in sample_rows(args, run, [w], prior):
             row["what"] = "reconstruction"  # so its FID is the rFID
             row["psnr"] = psnr(run.real, images).mean().item()  # averaged over images
             if images.shape[-1] > 10:  # the window of SSIM has 11 x 11 pixels
-                row["ssim"] = ssim(run.real, images).mean().item()
+                pairs = zip(run.real.split(64), images.split(64), strict=True)
+                row["ssim"] = torch.cat([ssim(a, b) for a, b in pairs]).mean().item()
             run.add(row, images, run.y)
     finish(args, run)
 
@@ -485,10 +484,10 @@ def samples(args: argparse.Namespace) -> None:
             row[key] = frechet_distance(arrays[mu], arrays[sigma], *moments(features))
 
     # What may be called FID-50K: 50,000 samples against the moments of the whole data set.
-    facts = {"features": "inception", "count": len(fake.pool)}  # for the report
+    facts = {"features": "inception", "count": len(fake.pool)}
     if len(fake.pool) == 50_000 and "mu" in arrays:
         row["FID-50K"] = row.pop("fid")
-    about = path.with_suffix("") / "about.json"  # of a set that sample.py made
+    about = Path(args.samples.removesuffix(".npz")) / "about.json"  # of a set of sample.py's
     if about.exists():
         facts["samples_about"] = json.loads(about.read_text())
     report(args, [row], facts)
@@ -501,8 +500,8 @@ def probe(args: argparse.Namespace) -> None:
     CHOICE: of their mean and of all of them; the paper does not say how it pools them.
     """
     run = Run(args)
-    if not run.model.config.N:
-        raise UserError(f"{args.ckpt} is a plain FiTv2: it has no LEM to probe")
+    if not run.model.config.N or run.n < 2:
+        raise UserError(f"{args.ckpt} is a plain FiTv2 or knows one class: it has no LEM to probe")
 
     def tokens(data):
         images, y = first(data, args.num)
@@ -523,9 +522,11 @@ def cost(args: argparse.Namespace) -> None:
     Each point has the w whose FID against training images is lowest."""
     # FIDs by another classifier, or of another number of images, do not belong into one figure.
     reports = [json.loads(Path(path).read_text()) for path in args.reports]
-    settings = [(r["features"], r["count"], r["checkpoint"]["fingerprint"]) for r in reports]
-    if len(set(settings)) > 1:
-        raise UserError("the reports differ in features, number of images or data: no common curve")
+    facts = ["command", "features", "count", "solver", "guide_on"]
+    data = ["fingerprint", "image_size", "channels", "held_out"]
+    settings = [[r[k] for k in facts] + [r["checkpoint"].get(k) for k in data] for r in reports]
+    if any(setting != settings[0] for setting in settings) or settings[0][0] != "stages":
+        raise UserError(f"the reports differ in {', '.join(facts + data)}: no common curve")
 
     # A curve for each method of a run. Stage 1 is two: without guidance, and guided by the class.
     curves = {}
@@ -649,6 +650,7 @@ def main() -> None:
         raise UserError("evaluate.py runs in one process: start it without torchrun")
     if args.out:
         refuse_existing(args.out, ".json")
+        refuse_existing(args.out.removesuffix("json") + "png")
     args.out = Path(args.out or f"out/{args.command}.json")
     args.function(args)
 

@@ -288,15 +288,15 @@ def main() -> None:
     x1 = torch.randn(512, 2, dtype=torch.float64, generator=noise)
     exact, _ = dopri5(f, x1, rtol=1e-12, atol=1e-12)
 
-    # Left: 100 of the points on their way, recorded at each of 100 Euler steps.
-    visited = [x1]
+    # Left: 100 of the points on their way, recorded before each of 100 Euler steps.
+    visited = []
 
     def recording(x, t, rows):
         visited.append(x)
         return f(x, t, rows)
 
     euler(recording, x1, 100)
-    lines = torch.stack([*visited, exact])[:, :100]  # (102, 100, 2)
+    lines = torch.stack([*visited, exact])[:, :100]  # (101, 100, 2)
     figure = Figure(figsize=(11, 5), layout="tight")
     paths, costs = figure.subplots(1, 2)
     paths.plot(lines[..., 0], lines[..., 1], color="0.8", linewidth=0.6, zorder=0)

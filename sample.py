@@ -44,7 +44,6 @@ LABEL_STREAM = 3
 
 def noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -> torch.Tensor:
     """z_1^i: standard normal (len(numbers), *shape); image n is a function of (seed, n, stage).
-
     `stage` counts from 0, as i - 1. NumPy draws on the CPU: the noise is the same on any device.
     """
     rngs = [np.random.default_rng((seed, NOISE_STREAM, n, stage)) for n in numbers]
@@ -55,10 +54,11 @@ def sample_stage(
     model, z1, y, e_s, w, guide_on, cfg_channels, interval, solver, steps
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One stage of Fig. 3a, Eq. 4: noise z1 (B, C, H, W) -> z0, of the same shape, and nfe (B,).
-
     y (B,) classes; e_s (B, T, d) visual prior, or None (S); w guidance scale; the rest as in
     generate(). nfe counts evaluations of the velocity; a guided one runs the network twice.
     """
+    if interval is not None and solver != "euler":
+        raise UserError("an interval of times is for --solver euler")
     # CHOICE: the paper does not say what the unconditional branch drops. Ours drops both class and
     # prior, v_u = v(null class, S); with guide_on = "prior" the prior alone, v_u = v(class, S).
     y_u = torch.full_like(y, model.null_class)  # (B,)
@@ -67,7 +67,7 @@ def sample_stage(
 
     def velocity(x, t, rows):
         # Outside the interval, prior and guidance are off. Euler's times are the same for all rows.
-        if interval is not None and not interval[0] <= t[0].item() <= interval[1]:
+        if interval is not None and not interval[0] <= t[0] <= interval[1]:
             return model(x, t, y[rows]).to(x.dtype)
 
         # RK45 drops images that have finished: `rows` are those that are left.
@@ -105,7 +105,8 @@ def generate(
 
     cfg           guidance scale w >= 1: one for each stage, or one number for all stages that have
                   a prior (the others then use 1, which is off); None: the model's own
-    guide_on      what the unconditional branch drops: "both" class and prior, or the "prior" alone
+    guide_on      what the unconditional branch drops: "both" class and prior, or the "prior" alone,
+                  where there is one
     cfg_channels  guide the first channels only; None: all
     interval      prior and guidance act at times low <= t <= high only, elsewhere S, unguided; in
                   stage 1 the guidance interval of Kynkäänniemi et al. (2024). None: at all times.
@@ -114,10 +115,9 @@ def generate(
     seed, start   image b is image number start + b of this seed
     prior         (B, C, H, W) latents that take the place of a previous stage's samples in stage 1
 
-    Why a prior needs a large w: half of all training images saw S, so v(class, S) is a good model
-    by itself, and the prior moves it only a little. w multiplies v_c - v_u, what the prior changes,
-    and so leads to images that match it. Raises UserError for what the model cannot do.
-    """
+    Why a prior needs a large w (section 3.3): v_c - v_u is what class and prior change. x_t already
+    shows much of them, so they change v only a little; w > 1 exaggerates that, and leads to images
+    that match. Raises UserError for what the model cannot do."""
     config = model.config
     # Section 3.3: no guidance in the first stage, strong guidance wherever there is a prior.
     w = config.cfg if cfg is None else cfg
@@ -131,11 +131,9 @@ def generate(
         raise UserError("this model is a plain FiTv2 without LEM: it has stage 1 only")
     if config.num_classes == 1 and prior is None and w[0] > 1:
         raise UserError("this model is unconditional: in stage 1 there is nothing to guide by")
-    if interval is not None and solver != "euler":
-        raise UserError("an interval of times is for --solver euler")
 
     # Images go through all stages in groups of batch_size.
-    shape = (config.latent_channels, config.latent_size, config.latent_size)  # of a latent
+    shape = (config.latent_channels, config.latent_size, config.latent_size)  # (C, H, W)
     samples = [[] for _ in range(stages)]
     nfe = [[] for _ in range(stages)]
     for offset in tqdm(range(0, len(y), batch_size), "sampling", leave=False, disable=None):
@@ -147,7 +145,7 @@ def generate(
         # fresh in each stage, so nothing but e_s passes from one to the next.
         for i in range(stages):
             z1 = noise(shape, seed, numbers, i).to(y.device)
-            e_s = None if z0 is None else model.visual_prior(z0)  # once a stage
+            e_s = None if z0 is None else model.visual_prior(z0)  # (B, T, d); not a matter of t
             z0, spent = sample_stage(
                 model, z1, y[group], e_s, w[i], guide_on, cfg_channels, interval, solver, steps
             )
@@ -171,7 +169,7 @@ def draw_grid(out: Path | str, blocks: list[tuple[str, torch.Tensor]], titles: l
     """
     # A cell is an enlarged image with a margin of 4 pixels.
     height, width = blocks[0][1].shape[-2:]
-    zoom = max(1, math.ceil(64 / width))
+    zoom = max(1, math.ceil(64 / width))  # a whole factor
     cell_width = width * zoom + 4
     cell_height = height * zoom + 4
     font = ImageFont.load_default(size=max(12, min(24, cell_height // 5)))
@@ -191,8 +189,8 @@ def draw_grid(out: Path | str, blocks: list[tuple[str, torch.Tensor]], titles: l
         draw.multiline_text((8, top), label, "black", font)
         for i, image in enumerate(images.cpu()):
             row, column = divmod(i, len(titles))
-            rgb = image.expand(3, -1, -1).permute(1, 2, 0)  # grey becomes RGB
-            tile = Image.fromarray(rgb.numpy())  # (rows, columns, 3)
+            rgb = image.expand(3, -1, -1).permute(1, 2, 0)  # (rows, columns, 3), also of grey ones
+            tile = Image.fromarray(rgb.numpy())
             tile = tile.resize((width * zoom, height * zoom), Image.NEAREST)
             canvas.paste(tile, (left + column * cell_width, top + row * cell_height))
         top += len(images) // len(titles) * cell_height + 12
@@ -204,15 +202,11 @@ def draw_grid(out: Path | str, blocks: list[tuple[str, torch.Tensor]], titles: l
 # ------------------------------------------------------------------------------- images <-> latents
 
 
-def open_image(path: str, size: int, channels: int) -> torch.Tensor:
-    """An image file -> uint8 (channels, size, size), grey for 1 channel, RGB for 3.
-
-    The square in the middle as ADM cuts it, resized bicubically; ADM halves large images first by a
-    box filter, which makes them a little softer. UserError names an unreadable file.
-    """
+def load_image(path: str | Path, channels: int) -> Image.Image:
+    """An image file -> grey for 1 channel, RGB for 3. Raises UserError that names a broken one."""
     try:
         with Image.open(path) as image:
-            image.load()
+            image.load()  # reads the pixels, and so finds what is broken
     except Exception as error:  # Pillow raises a dozen kinds for broken files
         raise UserError(f"{path} is not a readable image ({error})") from None
 
@@ -222,10 +216,15 @@ def open_image(path: str, size: int, channels: int) -> torch.Tensor:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
-    image = image.convert({1: "L", 3: "RGB"}[channels])
+    return image.convert({1: "L", 3: "RGB"}[channels])
 
+
+def open_image(path: str, size: int, channels: int) -> torch.Tensor:
+    """An image file -> uint8 (channels, size, size): the square in the middle, as ADM cuts it to
+    within half a pixel, resized bicubically. ADM halves large images first, which softens them."""
     # ADM resizes the shorter side to `size`, then cuts the longer one: here, in source pixels.
-    scale = min(image.size) / size
+    image = load_image(path, channels)
+    scale = min(image.size) / size  # source pixels for each pixel
     left, top = ((round(side / scale) - size) // 2 * scale for side in image.size)
     box = (left, top, left + size * scale, top + size * scale)
     pixels = np.array(image.resize((size, size), Image.BICUBIC, box))
@@ -235,8 +234,8 @@ def open_image(path: str, size: int, channels: int) -> torch.Tensor:
 class Codec:
     """Images <-> latents. This one works in pixel space: the latent is the image in [-1, 1]."""
 
-    name = "none"
-    scale = 1.0
+    name = "none"  # what checkpoints call it
+    scale = 1.0  # the factor that latents are multiplied with
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int]:
         """Channels and side of the latents of square images. UserError if they do not fit."""
@@ -273,10 +272,10 @@ class VAE(Codec):
 
         try:
             vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
-        except OSError:
-            raise UserError(f"--vae {name}: no such folder, and not found on the hub") from None
+        except OSError as error:
+            raise UserError(f"--vae {name} is no folder, nor found on the hub ({error})") from None
         self.name = name
-        self.scale = float(vae.config.scaling_factor)
+        self.scale = float(vae.config.scaling_factor)  # 0.18215 for the VAE of the paper
         self.shift = float(vae.config.get("shift_factor") or 0)
         self.channels = vae.config.latent_channels
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # all levels but one halve
@@ -304,9 +303,7 @@ class VAE(Codec):
 
 def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
     """The codec that --vae or a checkpoint names; "none" is pixel space. Raises UserError."""
-    if name == "none":
-        return Codec()
-    return VAE(name, torch.device(device))
+    return Codec() if name == "none" else VAE(name, torch.device(device))
 
 
 # ------------------------------------------------------------------ checkpoints, files, processes
@@ -334,14 +331,15 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> DoD:
         model.load_state_dict(checkpoint["ema"])
     except (TypeError, RuntimeError) as error:
         raise UserError(f"{checkpoint['path']}: weights and config do not fit ({error})") from None
-    # Its weights keep requiring gradients: autocast casts such weights once, others at every use.
     return model.to(device).eval()
 
 
-def refuse_existing(path: str, suffix: str) -> None:
+def refuse_existing(path: str, suffix: str | None = None) -> None:
     """Nothing that the user names is overwritten. Checked before any work; raises UserError."""
-    if Path(path).exists() or Path(path).suffix != suffix:
-        raise UserError(f"{path} exists, or does not end in {suffix}; give another name")
+    if Path(path).exists():
+        raise UserError(f"{path} exists; give another name, or remove it")
+    if suffix and Path(path).suffix != suffix:
+        raise UserError(f"{path} should end in {suffix}")
 
 
 @contextmanager
@@ -370,8 +368,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     if processes()[1] > 1:
         gpu = device if device.type == "cuda" else None
         # The timeout leaves rank 0 the time to draw and to save, while the others wait.
-        backend = "nccl" if gpu else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=gpu)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", timeout=timedelta(hours=2), device_id=gpu
+        )
     yield
     # Not in a `finally`: after an error there is nobody to wait for.
     if dist.is_initialized():
@@ -413,7 +412,7 @@ def run_command(main: Callable[[], None]) -> None:
         # A loader's worker sends its error as text, with the traceback before it.
         message = str(error).rpartition("UserError: ")[2]
     except (MemoryError, torch.OutOfMemoryError) as error:
-        message = f"out of memory; lower --batch-size or raise --grad-accum ({error})"
+        message = f"out of memory; lower --batch-size, or raise train.py's --grad-accum ({error})"
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)  # like argparse, for a mistake of the user
 
@@ -430,9 +429,9 @@ def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dic
     # The folder says of itself what it holds.
     rank, ranks = processes()
     folder = Path(args.npz.removesuffix(".npz"))
-    folder.mkdir(parents=True, exist_ok=True)  # by the first of the ranks
+    folder.mkdir(parents=True, exist_ok=True)  # whichever rank comes first
     if rank == 0:
-        (folder / "about.json").write_text(json.dumps(vars(args), indent=1))
+        (folder / "about.json").write_text(json.dumps(vars(args) | settings, indent=1))
 
     # CHOICE: labels are random unless told otherwise, as with SiT, FiTv2, DiT and ADM. The same
     # number of each class probably gives a lower FID.
@@ -451,11 +450,11 @@ def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dic
         images = codec.decode(samples[-1]).expand(-1, 3, -1, -1)  # grey becomes RGB
         for n, pixels in zip(chunk, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
             Image.fromarray(pixels).save(files[n], compress_level=1)
-    wait()
+    wait()  # until all files are there
 
     # The .npz is made from the files, image by image: 50,000 of 256 x 256 take 9.8 GB of memory.
     if rank == 0:
-        images = np.empty((len(files), *images.shape[2:], 3), np.uint8)
+        images = np.empty((len(files), *images.shape[2:], 3), np.uint8)  # (n, H, W, 3)
         for i, file in enumerate(files.values()):
             images[i] = Image.open(file)
         with replacing(args.npz) as temporary:
@@ -490,14 +489,15 @@ def interval(text: str) -> tuple[float, float]:
 
 def parse_classes(text: str, names: list[str]) -> list[int]:
     """ "cat,dog", "A-J" (single letters), or "207,360" if no name is a number -> class numbers."""
+    letters = [name for name in names if len(name) == 1 and name.isalpha()]
     numbers = [] if any(name.isdecimal() for name in names) else list(map(str, range(len(names))))
     chosen = []
     for word in text.split(","):
         first, _, last = word.partition("-")
         if word in names:
             chosen.append(names.index(word))
-        elif first in names and last in names and len(first) == len(last) == 1:
-            chosen += range(names.index(first), names.index(last) + 1)  # A-J
+        elif first in letters and last in letters:
+            chosen += [names.index(name) for name in letters if first <= name <= last]
         elif word in numbers:
             chosen.append(int(word))
         else:
@@ -530,7 +530,7 @@ def parse(argv: list[str]) -> Namespace:
     add("--ckpt", default=str(SHIPPED), help="checkpoint of train.py")
     add("--classes", help="names or numbers, or A-J; default: the first ten, in a set all")
     add("--stages", type=natural, help="default: 3, in a set 2, without LEM 1")
-    add("--cfg", type=at_least(float, 1), help="guidance with a prior; default: the model's own")
+    add("--cfg", type=at_least(float, 1), help="guidance with a prior; default: the model's")
     add("--cfg-stage1", type=at_least(float, 1), default=1.0, help="guidance in stage 1; 1 is off")
     add("--solver", choices=["dopri5", "euler"], default="dopri5", help="RK45 or Euler's method")
     add("--steps", type=natural, default=50, help="Euler steps in each stage")
@@ -596,16 +596,16 @@ def main() -> None:
         raise UserError("--npz excludes --prior, and several ranks are for --npz alone")
     if args.npz and rank == 0:
         refuse_existing(args.npz, ".npz")
-        refuse_existing(args.npz.removesuffix(".npz"), "")
+        refuse_existing(args.npz.removesuffix(".npz"))
     if args.out:
         refuse_existing(args.out, ".png")
 
     # The model, and the classes to draw.
-    checkpoint = load_checkpoint(args.ckpt)
+    checkpoint = load_checkpoint(args.ckpt)  # on the CPU
     device = pick_device(args.device)
     model = load_model(checkpoint, device)
     codec = load_codec(checkpoint["codec"], device)
-    names = checkpoint["classes"]  # of the model
+    names = checkpoint["classes"]  # with --class-groups, the groups' names
     classes = list(range(len(names) if args.npz else min(10, len(names))))
     if args.classes:
         classes = parse_classes(args.classes, names)
@@ -615,7 +615,7 @@ def main() -> None:
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
 
     # The user's own priors take one stage. Else three are worth a look, two a score (section 4.2).
-    settings = {name: getattr(args, name) for name in SETTINGS}  # for generate()
+    settings = {name: getattr(args, name) for name in SETTINGS}
     if args.prior:
         return sample_priors(args, model, codec, checkpoint, classes, settings)
     default = 2 if args.npz else 3

@@ -1,10 +1,10 @@
-"""train.py -- end-to-end training of DoD: the step, the run, the data. Sections 3.3 and 4.1.
+r"""train.py -- end-to-end training of DoD: the step, the run, the data. Sections 3.3 and 4.1.
 
 Backbone and LEM learn together, from real images alone: in training, an image's own latent is its
 visual prior, and a share p_s of each batch gets the sample token S instead.
 
 Why are perfect priors enough, when stage 2 will get generated ones? Section 3.3 assumes that the
-gist of an image, which passes LEM's bottleneck, is similar in both: the flaws of a generated image
+semantics of an image, which pass LEM's bottleneck, are similar in both: flaws of a generated image
 are details, which do not pass. Without a bottleneck (--prior-from patches) they do, and are copied.
 
 Everything random is a function of (seed, step), drawn for the global batch. So the number of
@@ -13,7 +13,7 @@ GPUs changes a result by rounding only, and a resumed run, on a CPU, equals an u
     python train.py                                             # DoD-Ti on letters, on a CPU
     python train.py --prior-from patches --out out/patches      # without LEM: it copies its prior
     python train.py --data images/ --image-size 32              # yours: a folder for each class
-    torchrun --nproc-per-node 8 train.py --data imagenet/train --model DoD-B \\
+    torchrun --nproc-per-node 8 train.py --data imagenet/train --model DoD-B \
         --vae stabilityai/sd-vae-ft-ema --cache latents
 """
 
@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import json
 import mmap
+import os
 import shutil
 import signal
 import sys
@@ -55,7 +56,6 @@ CLASS_DROPOUT = 0.1  # CHOICE: the paper names no number; this one is DiT's and 
 
 def draw_noise(seed: int, step: int, batch_size: int, config: Config, generator: torch.Generator):
     """Draws a step's noise, times and dropped classes, on the generator's device.
-
     -> x1 (B, C, H, W) noise; eps (B, C, H, W) for the VAE's posterior; t (B,) times; dropped (B,):
     which images lose their class. A function of (seed, step): the generator is seeded anew.
     """
@@ -76,7 +76,7 @@ def draw_noise(seed: int, step: int, batch_size: int, config: Config, generator:
 
 def to_latents(x: torch.Tensor, eps: torch.Tensor | None, codec: Codec) -> torch.Tensor:
     """uint8 images (b, channels, rows, columns), or cached moments of latents (b, 2, C, H, W)
-    -> latents (b, C, H, W): by the normal eps a sample of the VAE's posterior, else its mean.
+    -> latents (b, C, H, W): samples of the VAE's posterior by the normal eps, without it its mean.
 
     CHOICE: training takes samples, as SiT does; the paper does not say.
     """
@@ -89,7 +89,6 @@ def training_step(
     network, ema, optimizer, batch, keep, step, bf16=False, ema_decay=0.999
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of this rank -> its mean loss () and the norm of the gradient ().
-
     network: a DoD, possibly inside DistributedDataParallel; batch: x0, x1 (b, C, H, W) latents and
     noise, t, y (b,) times and classes; keep[i]: which images of this rank's micro-batch i keep
     their prior, as indices. Nothing in it waits for the GPU.
@@ -183,7 +182,7 @@ def train(args: argparse.Namespace) -> None:
     # From here on, Ctrl-C and SIGTERM only leave a note: no step is left half done.
     caught = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: caught.append(number))
+        signal.signal(number, lambda signum, frame: caught.append(signum))
 
     generator = torch.Generator(device)
     stop = False
@@ -219,12 +218,10 @@ def train(args: argparse.Namespace) -> None:
             )
             pending.append((step, loss, norm))
 
-            # Several ranks agree on a signal at every tenth step: always would slow GPUs down, and
-            # torchrun waits 30 s before it kills them.
-            stop = bool(caught)
-            if dist.is_initialized():
-                votes = torch.tensor(len(caught), device=device)
-                stop = step % 10 == 0 and sum_over_ranks(votes).item() > 0
+            # Several ranks vote at every tenth step only, for a vote waits for the GPU.
+            stop = bool(caught) and not dist.is_initialized()
+            if dist.is_initialized() and step % 10 == 0:
+                stop = sum_over_ranks(torch.tensor(len(caught), device=device)).item() > 0
 
             # Now and then: log, save, draw. Only then need the GPU have finished.
             save = stop or step == args.steps or step % args.save_every == 0
@@ -257,7 +254,8 @@ def train(args: argparse.Namespace) -> None:
             began = time.time()
             waited = 0.0
     finally:
-        del loaded  # tells the workers to end: a SIGTERM would not
+        # Workers ignore the SIGTERM by which Python would end them, also after an error.
+        getattr(loaded, "_shutdown_workers", list)()
 
     wait()  # until rank 0 has saved: a rank that ends makes torchrun end the others
     if stop:
@@ -527,7 +525,7 @@ def resume(path: Path, parts: dict, about: dict) -> int:
 
     # A broken image may have been mended or removed since: the run goes on, and says so.
     if saved["fingerprint"] != about["fingerprint"]:
-        print(f"--data {about['data']}: files were added, removed or renamed since the run began")
+        print("files of --data were added, removed or renamed: others are held out from now on")
     for key, part in parts.items():
         part.load_state_dict(saved[key])
     return saved["step"]
@@ -567,8 +565,9 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> tup
 
     # Compiled block by block, so that the weights keep their names.
     blocks = [module for module in model.modules() if isinstance(module, (Block, ViTBlock))]
-    for block in blocks if args.compile else []:
-        block.compile(dynamic=False)
+    if args.compile:
+        for block in blocks:
+            block.compile(dynamic=False)
     if processes()[1] == 1:
         return model, ema, optimizer, model
 
@@ -751,8 +750,9 @@ def main() -> None:
         args.init = None  # its weights have been superseded
     elif processes()[0] == 0 and any(out.glob("[!.]*")):
         raise UserError(f"{out} has files already; give another --out, or --resume its run")
+    if processes()[0] > 0:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     with process_group(device):
-        wait()
         train(args)
 
 
