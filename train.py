@@ -203,9 +203,8 @@ def train(args: argparse.Namespace) -> None:
             draws = draw_noise(args.seed, step, args.batch_size, config, generator)
             x1, eps, t, dropped = [draw[share] for draw in draws]
             x0 = to_latents(x, eps, codec)
-            y = (
-                y * config.num_classes // len(training.classes)
-            )  # --class-groups: neighbours are one
+            # --class-groups K: class k of n is the model's class k K // n.
+            y = y * config.num_classes // len(training.classes)
             y = torch.where(dropped, model.null_class, y)
             if step == done + 1 and codec.name != "none" and not 0.5 < x0.std() < 2:
                 print(f"warning: latents have std {x0.std():.3g}, not 1: is scaling_factor right?")
