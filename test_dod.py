@@ -1379,10 +1379,10 @@ def main() -> None:
     matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if cuda else None)
 
     def seconds(call, loss=None):
-        """The median of several calls, after a warm-up, with a GPU's work finished."""
-        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        """The mean of several calls, after two to warm up, with a GPU's work finished."""
+        timer = Timer("call()", globals={"call": call}, num_threads=os.cpu_count())
         with patch.object(train, "rectified_flow_loss", loss):
-            return timer.blocked_autorange(min_run_time=10).median
+            return timer.timeit(30 if cuda else 3).mean
 
     ours = seconds(step, flow.rectified_flow_loss)
     reference = seconds(step, reference_loss)
