@@ -145,7 +145,7 @@ def generate(
         # fresh in each stage, so nothing but e_s passes from one to the next.
         for i in range(stages):
             z1 = noise(shape, seed, numbers, i).to(y.device)
-            e_s = None if z0 is None else model.visual_prior(z0)  # (B, T, d); not a matter of t
+            e_s = None if z0 is None else model.visual_prior(z0)  # (B, T, d), once a stage
             z0, spent = sample_stage(
                 model, z1, y[group], e_s, w[i], guide_on, cfg_channels, interval, solver, steps
             )
@@ -589,7 +589,7 @@ def sample_priors(args, model, codec, checkpoint, classes, settings) -> None:
 
 def main() -> None:
     """Reads the flags, loads the model and draws a grid, a matrix of priors, or a set."""
-    # May it be written? Decided before any work is done, and by one of the ranks.
+    # Check what would be written before any work is done, on one of the ranks.
     args = parse(sys.argv[1:])
     rank, ranks = processes()
     if args.prior and args.npz or ranks > 1 and not args.npz:
