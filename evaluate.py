@@ -1,9 +1,8 @@
 """evaluate.py -- FID, sFID, IS, precision, recall, rFID, PSNR, SSIM and linear probe. Section 4.1.
 
-The formulas behind Fig. 4 and Tables 2 to 5 come first. Two things come from libraries: the
-Inception network with the weights of all published FIDs (torch-fidelity), and L-BFGS for the probe
-(scikit-learn). Inception was trained on ImageNet; for images below 64 pixels a small CNN takes its
-place, trained on the run's training images. Its FID is on a scale of its own.
+The formulas behind Fig. 4 and Tables 2 to 5 come first. Inception was trained on ImageNet; for
+images below 64 pixels a small CNN takes its place, trained on the run's training images. Its FID is
+on a scale of its own.
 
 Samples are compared with held-out images. Choose w by the FID against training images; report the
 one against held-out images. The first row of a table has training images in place of samples: it
@@ -12,7 +11,7 @@ is the level to aim for. Images are uint8 (n, channels, height, width); D featur
     python evaluate.py stages                   # Fig. 4, right, for the run in out/letters
     python evaluate.py reconstruct              # Fig. 4, left: held-out images as priors
     python evaluate.py probe                    # Table 2, right: the class in LEM's tokens
-    python evaluate.py cost a.json b.json       # Fig. 2, left: FID over training images
+    python evaluate.py cost a.json b.json       # Fig. 2, left: FID over training images (--over)
     python evaluate.py samples --ref VIRTUAL_imagenet256_labeled.npz --samples samples.npz
 """
 
@@ -40,6 +39,9 @@ from sample import (
     run_command,
 )  # fmt: skip
 from train import Labelled, load_data
+
+# What the FID of a method depends on, besides w. What is a number can be the x-axis of `cost`.
+AXES = ("images", "num_classes", "N", "p_s", "steps", "lr", "ema_decay", "guide_on")
 
 # ------------------------------------------------------------------------------------- the formulas
 
@@ -75,7 +77,6 @@ def inception_score(probs, splits: int = 10) -> tuple[float, float]:
     probs (n, K): each image's p(y|x); `splits` contiguous parts, each with its own p(y) -> mean
     and standard deviation over the parts.
     """
-    # Each part has its own p(y), so each needs samples of all classes: see compare().
     scores = []
     for p in torch.as_tensor(probs).double().tensor_split(splits):
         divergence = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))  # with 0 log 0 = 0
@@ -98,10 +99,8 @@ def precision_recall(real, fake, k: int = 3) -> tuple[float, float]:
         rows = max(1, 2**25 // len(centres))  # (rows, m) distances at a time
 
         # The radius of each centre's ball. k + 1, since the nearest neighbour of all is itself.
-        radii = []
-        for block in centres.split(rows):
-            radii.append(torch.cdist(block, centres).kthvalue(k + 1).values)  # (rows,)
-        radii = torch.cat(radii)
+        distances = (torch.cdist(block, centres) for block in centres.split(rows))
+        radii = torch.cat([block.kthvalue(k + 1).values for block in distances])  # (m,)
         inside = [(torch.cdist(block, centres) <= radii).any(1) for block in points.split(rows)]
         return torch.cat(inside).double().mean().item()
 
@@ -125,11 +124,11 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     # The window is g times its transpose; softmax brings the sum of its weights to 1.
     g = (-torch.arange(-5, 6).double().square() / (2 * 1.5**2)).softmax(0)  # (11,)
+    window = torch.outer(g, g)[None, None]  # (1, 1, 11, 11)
 
     def mean(x):
         """The window's mean at each place: (n, C, H, W) -> (n, C * places)."""
-        x = F.conv2d(x.flatten(0, 1)[:, None], g.view(1, 1, -1, 1))
-        return F.conv2d(x, g.view(1, 1, 1, -1)).view(len(a), -1)
+        return F.conv2d(x.flatten(0, 1)[:, None], window).view(len(a), -1)
 
     # Weighted moments at each place, then the formula.
     mu_a = mean(a)
@@ -156,8 +155,8 @@ def linear_probe(x, y, x_test, y_test, decay: float = 1e-4) -> float:
     from sklearn.preprocessing import StandardScaler
 
     # scikit-learn minimises |W|²/2 + C times the sum, not the mean, of the cross-entropies.
-    regression = LogisticRegression(C=1 / (decay * len(x)), max_iter=2000)
-    model = make_pipeline(StandardScaler(), regression)
+    probe = LogisticRegression(C=1 / (decay * len(x)), max_iter=2000)
+    model = make_pipeline(StandardScaler(), probe)
     return model.fit(x.double().cpu(), y).score(x_test.double().cpu(), y_test)
 
 
@@ -365,7 +364,9 @@ class Run:
             self.network = classifier(self.saved, self.training)
         else:
             self.network = inception(args.inception, self.device)
+        self.settings = {name: getattr(args, name) for name in [*SETTINGS, "batch_size"]}
         self.real, self.y = first(self.held_out, args.num)  # (n, channels, size, size), (n,)
+        self.told = self.y.to(self.device) * self.K // self.n  # the classes as the model knows them
         self.measured = measure(self.real, self.network, "held-out images")
         # Not those at the beginning, which the classifier has learned.
         images, y = first(self.training, len(self.y), start=len(self.training) // 2)
@@ -391,9 +392,7 @@ def sample_rows(args, run: Run, cfg: list[float], prior=None) -> Iterator[tuple]
     """Samples with these guidance scales, of the classes of the held-out images -> for each stage,
     its row, its images, its latents. evaluations: of v; a guided one runs the network twice.
     gflops: Table 4's unit, 10^9 multiply-accumulates of linear layers, stages before included."""
-    y = run.y.to(run.device) * run.K // run.n  # the classes as the model knows them
-    settings = {name: getattr(args, name) for name in [*SETTINGS, "batch_size"]}
-    latents, nfe = generate(run.model, y, len(cfg), cfg, prior=prior, **settings)
+    latents, nfe = generate(run.model, run.told, len(cfg), cfg, prior=prior, **run.settings)
 
     # Outside --interval an evaluation runs the network once, with S.
     times = torch.arange(1, args.steps + 1) / args.steps
@@ -429,20 +428,17 @@ def stages(args: argparse.Namespace) -> None:
             if row["w"] > 1 or prior is not None or i == 0:
                 fake = run.add(row, images, run.y)
                 if prior is not None:
-                    again = draw_again(args, run, row["w"], prior)
-                    told = run.y[: len(again)] * run.K // run.n
-                    row["spread"] = spread(fake.pool[: len(again)], again, told)
+                    row["spread"] = spread_of(run, fake, row["w"], prior)
             prior = z0  # of the next stage
     finish(args, run)
 
 
-def draw_again(args, run: Run, w: float, prior: torch.Tensor) -> torch.Tensor:
-    """Features of images from the first 200 priors of a stage, and from fresh noise."""
-    y = run.y[:200].to(run.device) * run.K // run.n
-    settings = {name: getattr(args, name) for name in [*SETTINGS, "batch_size"]}
-    settings["seed"] += 1  # other noise than that of the stage itself
-    samples, _ = generate(run.model, y, 1, [w], prior=prior[:200], **settings)
-    return measure(run.codec.decode(samples[0]).cpu(), run.network, "fresh noise").pool
+def spread_of(run: Run, fake: Features, w: float, prior: torch.Tensor) -> float:
+    """The spread of a stage, from its first 200 priors drawn once more, with other noise."""
+    settings = run.settings | {"seed": run.settings["seed"] + 1}
+    samples, _ = generate(run.model, run.told[:200], 1, [w], prior=prior[:200], **settings)
+    again = measure(run.codec.decode(samples[0]).cpu(), run.network, "fresh noise").pool
+    return spread(fake.pool[:200], again, run.told[:200].cpu())
 
 
 def reconstruct(args: argparse.Namespace) -> None:
@@ -483,10 +479,7 @@ def samples(args: argparse.Namespace) -> None:
             features = fake.pool if key == "fid" else fake.spatial
             row[key] = frechet_distance(arrays[mu], arrays[sigma], *moments(features))
 
-    # What may be called FID-50K: 50,000 samples against the moments of the whole data set.
     facts = {"features": "inception", "count": len(fake.pool)}
-    if len(fake.pool) == 50_000 and "mu" in arrays:
-        row["FID-50K"] = row.pop("fid")
     about = Path(args.samples.removesuffix(".npz")) / "about.json"  # of a set of sample.py's
     if about.exists():
         facts["samples_about"] = json.loads(about.read_text())
@@ -495,10 +488,8 @@ def samples(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def probe(args: argparse.Namespace) -> None:
-    """Table 2, right: linear probes of LEM's latent tokens, top-1 on held-out images.
-
-    CHOICE: of their mean and of all of them; the paper does not say how it pools them.
-    """
+    """Table 2, right: linear probes of LEM's latent tokens, top-1 on held-out images. CHOICE: of
+    their mean and of all of them; the paper does not say how it pools them."""
     run = Run(args)
     if not run.model.config.N or run.n < 2:
         raise UserError(f"{args.ckpt} is a plain FiTv2 or knows one class: it has no LEM to probe")
@@ -518,46 +509,56 @@ def probe(args: argparse.Namespace) -> None:
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Fig. 2, left: FID over training images, from the reports of `stages` on several milestones.
-    Each point has the w whose FID against training images is lowest."""
+    """Fig. 2, left: FID over training images, from reports of `stages`; or over another axis. Each
+    run has its best w, by FID against training images. Runs that differ in their seed alone share a
+    point, their mean and standard deviation."""
+    reports = []
+    for path in args.reports:
+        found = json.loads(Path(path).read_text())
+        found |= found["checkpoint"] | found["checkpoint"]["config"]
+        found["images"] = found["step"] * found["batch_size"]  # seen in training
+        found["method"] = f"DoD {found['prior_from']}" if found["N"] else "FiTv2"
+        reports.append(found)
+
     # FIDs by another classifier, or of another number of images, do not belong into one figure.
-    reports = [json.loads(Path(path).read_text()) for path in args.reports]
-    facts = ["command", "features", "count", "solver", "guide_on"]
-    data = ["fingerprint", "image_size", "channels", "held_out"]
-    settings = [[r[k] for k in facts] + [r["checkpoint"].get(k) for k in data] for r in reports]
+    facts = ["command", "features", "count", "solver"]
+    facts += ["fingerprint", "image_size", "channels", "held_out"]
+    settings = [[found.get(key) for key in facts] for found in reports]
     if any(setting != settings[0] for setting in settings) or settings[0][0] != "stages":
-        raise UserError(f"the reports differ in {', '.join(facts + data)}: no common curve")
+        raise UserError(f"the reports differ in {', '.join(facts)}: no common figure")
 
-    # A curve for each method of a run. Stage 1 is two: without guidance, and guided by the class.
-    curves = {}
-    rows = []
+    # A curve for each method and each setting of it. Stage 1 is two: unguided, guided by the class.
+    scans = {}  # (curve, x) -> seed -> [(FID against training images, FID, w)]
     for found in reports:
-        images = found["checkpoint"]["step"] * found["checkpoint"]["batch_size"]
-        scans = {}
+        method = found["method"]
+        for key in AXES:
+            values = {other[key] for other in reports if other["method"] == found["method"]}
+            if len(values) > 1 and key != args.over:
+                method += f", {key} {found[key]}"
         for row in found["rows"][1:]:  # after the training images
-            row["w"] = row.get("w", row.get("guidance"))  # as older reports call it
-            guided = " guided" if row["what"] == "stage 1" and row["w"] > 1 else ""
-            name = f"{Path(found['ckpt']).parent} {row['what']}{guided}"
-            scans.setdefault(name, []).append(row)
-        for name, scan in scans.items():
-            best = min(scan, key=lambda row: row["fid_training"])
-            curves.setdefault(name, []).append((images, best["fid"]))
-            rows.append({"what": name, "images": images, "w": best["w"], "fid": best["fid"]})
-    out = args.out.with_suffix(".png")
-    draw_curves(out, curves, "training images", reports[0]["rows"][0]["fid"])
+            found["w"] = row.get("w", row.get("guidance"))  # as older reports call it
+            guided = " guided" * (row["what"] == "stage 1" and found["w"] > 1)
+            point = (f"{row['what']}{guided}, {method}", found[args.over])
+            scan = scans.setdefault(point, {}).setdefault(found["seed"], [])
+            scan.append((row["fid_training"], row["fid"], found["w"]))
+
+    rows = []
+    for (name, x), seeds in scans.items():
+        best = np.array([min(scan) for scan in seeds.values()])  # (seeds, 3)
+        row = {"what": name, args.over: x, "w": best[:, 2].mean(), "fid": best[:, 1].mean()}
+        row["fid_std"] = best[:, 1].std(ddof=min(1, len(best) - 1))
+        rows.append(row | {"seeds": len(best)})
+    draw_curves(args.out.with_suffix(".png"), rows, args.over, reports[0]["rows"][0]["fid"])
     report(args, rows, {})
-
-
-# -------------------------------------------------------------------------------------- the reports
 
 
 def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
     """Prints the rows as a table and writes them to --out as JSON, with every flag and fact."""
     columns = dict.fromkeys(key for row in rows for key in row if key not in ("what", "is_std"))
-    print(" " * 20 + "".join(f"{key:>13}" for key in columns))
+    print(" " * 36 + "".join(f"{key:>13}" for key in columns))
     for row in rows:
         cells = [f"{row[key]:13.4g}" if key in row else " " * 13 for key in columns]
-        print(f"{row['what'][:20]:20}" + "".join(cells))
+        print(f"{row['what'][:36]:36}" + "".join(cells))
 
     # The report: enough to say, a year later, how each number came about.
     facts["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
@@ -570,29 +571,28 @@ def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
 
 def finish(args: argparse.Namespace, run: Run) -> None:
     """What `stages` and `reconstruct` leave: the curves, some images, the report."""
-    # A curve for each stage; that of stage 1 shows what guidance by the class alone achieves.
-    curves = {}
-    for row in run.rows[1:]:
-        curves.setdefault(row["what"], []).append((row["w"], row["fid"]))
-    draw_curves(args.out.with_suffix(".png"), curves, "guidance scale w", run.rows[0]["fid"])
+    draw_curves(args.out.with_suffix(".png"), run.rows[1:], "w", run.rows[0]["fid"])
     names = [run.training.classes[k] for k in run.y[:10]]
     draw_grid(args.out.with_suffix(".images.png"), run.blocks, names)
     report(args, run.rows, {"count": len(run.y), "checkpoint": run.saved})
 
 
-def draw_curves(out: Path, curves: dict, xlabel: str, floor: float) -> None:
-    """Draws curves, name -> points (x, FID), over logarithmic axes; the floor is dotted."""
+def draw_curves(out: Path, rows: list[dict], over: str, floor: float) -> None:
+    """Draws FID over another column of the rows, a curve for each `what`; the floor is dotted."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, points in curves.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
+    axes = Figure(figsize=(7, 5), layout="constrained").subplots()
+    for name in dict.fromkeys(row["what"] for row in rows):
+        points = [row for row in rows if row["what"] == name]
+        points = sorted((row[over], row["fid"], row.get("fid_std", 0)) for row in points)
+        axes.errorbar(*zip(*points, strict=True), marker="o", capsize=3, label=name)
     axes.axhline(floor, color="black", linestyle=":", label="real images")
-    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="FID")
-    axes.legend()
+    axes.set(xscale="log", yscale="log", xlabel=over, ylabel="FID")
+    ticks = sorted({row[over] for row in rows})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.figure.legend(loc="outside lower center")
     with replacing(out) as temporary:
-        figure.savefig(temporary, dpi=120)
+        axes.figure.savefig(temporary, dpi=120)
 
 
 # ------------------------------------------------------------------------------------------ command
@@ -616,6 +616,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--out", help="JSON report; default: out/COMMAND.json, which is replaced")
         if function == cost:
             add("reports", nargs="+", help="reports of `stages`, of any runs and steps")
+            add("--over", choices=[*AXES[:-1], "w"], default="images", help="the x-axis")
         if function in (stages, reconstruct, probe):
             add("--ckpt", default="out/letters/ckpt.pt", help="checkpoint of train.py")
             add("--data", help="where its training images are now; default: where they were")
