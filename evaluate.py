@@ -40,8 +40,8 @@ from sample import (
 )  # fmt: skip
 from train import Labelled, load_data
 
-# What the FID of a method depends on, besides w. What is a number can be the x-axis of `cost`.
-AXES = ("images", "num_classes", "N", "p_s", "steps", "lr", "ema_decay", "guide_on")
+# What the FID of a method depends on, besides w; the first four and w are the x-axes of `cost`.
+SETTING = ("images", "num_classes", "N", "steps", "p_s", "lr", "guide_on", "interval")
 
 # ------------------------------------------------------------------------------------- the formulas
 
@@ -531,10 +531,10 @@ def cost(args: argparse.Namespace) -> None:
     scans = {}  # (curve, x) -> seed -> [(FID against training images, FID, w)]
     for found in reports:
         method = found["method"]
-        for key in AXES:
-            values = {other[key] for other in reports if other["method"] == found["method"]}
-            if len(values) > 1 and key != args.over:
-                method += f", {key} {found[key]}"
+        for key in SETTING:
+            alike = [other for other in reports if other["method"] == found["method"]]
+            if key != args.over and any(other.get(key) != found.get(key) for other in alike):
+                method += f", {key} {found.get(key)}"
         for row in found["rows"][1:]:  # after the training images
             found["w"] = row.get("w", row.get("guidance"))  # as older reports call it
             guided = " guided" * (row["what"] == "stage 1" and found["w"] > 1)
@@ -543,7 +543,7 @@ def cost(args: argparse.Namespace) -> None:
             scan.append((row["fid_training"], row["fid"], found["w"]))
 
     rows = []
-    for (name, x), seeds in scans.items():
+    for (name, x), seeds in sorted(scans.items()):
         best = np.array([min(scan) for scan in seeds.values()])  # (seeds, 3)
         row = {"what": name, args.over: x, "w": best[:, 2].mean(), "fid": best[:, 1].mean()}
         row["fid_std"] = best[:, 1].std(ddof=min(1, len(best) - 1))
@@ -616,7 +616,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--out", help="JSON report; default: out/COMMAND.json, which is replaced")
         if function == cost:
             add("reports", nargs="+", help="reports of `stages`, of any runs and steps")
-            add("--over", choices=[*AXES[:-1], "w"], default="images", help="the x-axis")
+            add("--over", choices=[*SETTING[:4], "w"], default="images", help="the x-axis")
         if function in (stages, reconstruct, probe):
             add("--ckpt", default="out/letters/ckpt.pt", help="checkpoint of train.py")
             add("--data", help="where its training images are now; default: where they were")
