@@ -250,9 +250,7 @@ class Codec:
     def encode(self, images: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
         """The mean, or with standard normal eps (B, C, H, W) a sample of that distribution."""
         mean, std = self.moments(images)
-        if eps is None:
-            return mean
-        return mean + std * eps
+        return mean if eps is None else mean + std * eps
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """float (B, C, H, W) -> uint8 (B, channels, height, width); the inverse of encode."""
@@ -368,9 +366,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if processes()[1] > 1:
         gpu = device if device.type == "cuda" else None
         # The timeout leaves rank 0 the time to draw and to save, while the others wait.
-        dist.init_process_group(
-            "nccl" if gpu else "gloo", timeout=timedelta(hours=2), device_id=gpu
-        )
+        hours = timedelta(hours=2)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=hours, device_id=gpu)
     yield
     # Not in a `finally`: after an error there is nobody to wait for.
     if dist.is_initialized():
@@ -620,6 +617,8 @@ def main() -> None:
         return sample_priors(args, model, codec, checkpoint, classes, settings)
     default = 2 if args.npz else 3
     stages = args.stages or (default if model.config.N else 1)
+    if args.cfg and stages == 1:
+        raise UserError("--cfg is for stages with a prior; --cfg-stage1 guides stage 1")
     later = [args.cfg or model.config.cfg] * (stages - 1)  # all stages with a prior
     settings |= {"stages": stages, "cfg": [args.cfg_stage1, *later]}
     if args.npz:

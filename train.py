@@ -676,7 +676,7 @@ PAPER = dict(batch_size=256, lr=1e-4, warmup=0, steps=400_000, save_every=10_000
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags. Those without a default here get it from the tables above."""
-    parser = Parser()
+    parser = Parser(epilog="Default None: what suits --data, --vae and --model, else nothing.")
     switch = argparse.BooleanOptionalAction
     share = at_least(float, 0, 1)
     natural = at_least(int, 1)
