@@ -975,9 +975,9 @@ class NeverWaits(TorchDispatchMode):
         return result
 
 
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch without CUDA")
+@pytest.mark.skipif(torch.version.cuda is None or torch.__version__ < (2, 14), reason="no tracing")
 def test_a_step_and_euler_s_method_never_wait_for_a_gpu(monkeypatch):
-    # PyTorch's engine cannot run backwards without a real GPU: gradients are there from the start.
+    # Traced without a GPU, where the engine cannot run backwards (and PyTorch 2.6 traces nothing).
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda self, set_to_none: None)
     with FakeTensorMode(), torch.device("cuda"):
