@@ -1300,17 +1300,17 @@ def test_table5_samples_are_compared_with_images_or_moments(tmp_path, monkeypatc
 
 def test_fig2_cost_averages_seeds_each_at_its_best_scale_by_training_fid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    paths = sorted(Path(train.__file__).parent.glob("assets/reports/stages-lem[01]-[12]0000.json"))
+    paths = sorted(Path(__file__).parent.glob("assets/reports/stages-[ln][e4][m-][01]-10000.json"))
 
-    # Written out for 10,000 steps of 64 images; these reports have the older name of w.
+    # Three methods for each N. Written out for N = 2, with the older name of w.
     best = []
-    for path in paths[0], paths[2]:
+    for path in paths[:2]:
         old = json.loads(path.read_text())
         scan = [row for row in old["rows"] if row["what"] == "stage 2"]
         best.append(min((row["fid_training"], row["guidance"], row["fid"]) for row in scan))
-    (row,) = (r for r in rows_of("cost", *paths) if r["images"] == 640_000 and "2," in r["what"])
-    mean = np.mean(best, 0)
-    assert [*row.values()][2:] == pytest.approx([*mean[1:], np.std(best, 0, ddof=1)[2], 2])
+    expected = pytest.approx([640_000, *np.mean(best, 0)[1:], np.std(best, 0, ddof=1)[2], 2])
+    found = {row["what"]: [*row.values()] for row in rows_of("cost", *paths)}
+    assert len(found) == 6 and found["stage 2, DoD lem, N 2"][1:] == expected
 
     # FIDs by another classifier, of other counts or of other images make no common figure.
     other = {"checkpoint": old["checkpoint"] | {"held_out": 0.2}}
