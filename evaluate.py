@@ -555,10 +555,10 @@ def cost(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
     """Prints the rows as a table and writes them to --out as JSON, with every flag and fact."""
     columns = dict.fromkeys(key for row in rows for key in row if key not in ("what", "is_std"))
-    print(" " * 36 + "".join(f"{key:>13}" for key in columns))
+    print(" " * 40 + "".join(f"{key:>13}" for key in columns))
     for row in rows:
         cells = [f"{row[key]:13.4g}" if key in row else " " * 13 for key in columns]
-        print(f"{row['what'][:36]:36}" + "".join(cells))
+        print(f"{row['what'][:40]:40}" + "".join(cells))
 
     # The report: enough to say, a year later, how each number came about.
     facts["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
