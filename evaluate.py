@@ -100,7 +100,7 @@ def precision_recall(real, fake, k: int = 3) -> tuple[float, float]:
 
         # The radius of each centre's ball. k + 1, since the nearest neighbour of all is itself.
         distances = (torch.cdist(block, centres) for block in centres.split(rows))
-        radii = torch.cat([block.kthvalue(k + 1).values for block in distances])  # (m,)
+        radii = torch.cat([d.kthvalue(k + 1).values for d in distances])  # (m,)
         inside = [(torch.cdist(block, centres) <= radii).any(1) for block in points.split(rows)]
         return torch.cat(inside).double().mean().item()
 
@@ -124,11 +124,11 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     # The window is g times its transpose; softmax brings the sum of its weights to 1.
     g = (-torch.arange(-5, 6).double().square() / (2 * 1.5**2)).softmax(0)  # (11,)
-    window = torch.outer(g, g)[None, None]  # (1, 1, 11, 11)
 
     def mean(x):
         """The window's mean at each place: (n, C, H, W) -> (n, C * places)."""
-        return F.conv2d(x.flatten(0, 1)[:, None], window).view(len(a), -1)
+        x = F.conv2d(x.flatten(0, 1)[:, None], g.view(1, 1, -1, 1))
+        return F.conv2d(x, g.view(1, 1, 1, -1)).view(len(a), -1)
 
     # Weighted moments at each place, then the formula.
     mu_a = mean(a)
@@ -155,8 +155,8 @@ def linear_probe(x, y, x_test, y_test, decay: float = 1e-4) -> float:
     from sklearn.preprocessing import StandardScaler
 
     # scikit-learn minimises |W|²/2 + C times the sum, not the mean, of the cross-entropies.
-    probe = LogisticRegression(C=1 / (decay * len(x)), max_iter=2000)
-    model = make_pipeline(StandardScaler(), probe)
+    regression = LogisticRegression(C=1 / (decay * len(x)), max_iter=2000)
+    model = make_pipeline(StandardScaler(), regression)
     return model.fit(x.double().cpu(), y).score(x_test.double().cpu(), y_test)
 
 
@@ -531,8 +531,8 @@ def cost(args: argparse.Namespace) -> None:
     scans = {}  # (curve, x) -> seed -> [(FID against training images, FID, w)]
     for found in reports:
         method = found["method"]
+        alike = [other for other in reports if other["method"] == method]
         for key in SETTING:
-            alike = [other for other in reports if other["method"] == found["method"]]
             if key != args.over and any(other.get(key) != found.get(key) for other in alike):
                 method += f", {key} {found.get(key)}"
         for row in found["rows"][1:]:  # after the training images

@@ -952,11 +952,11 @@ def test_mistakes_end_in_one_line(argv, message, trained, tmp_path, monkeypatch,
     torch.save(sample.load_checkpoint("R/ckpt.pt") | {"code": Namespace()}, "code.pt")
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
 
-    # One line of error and exit status 2.
+    # One line of error, exit status 2, and no traceback.
     module, *flags = argv.split()
     flags = [*(QUICK if module == "train" else ["--ckpt", "R/ckpt.pt"]), *flags]
     assert run(sys.modules[module], *flags) == 2
-    (line,) = re.findall(".*error: .*", capfd.readouterr().err)
+    (line,) = re.findall(".*(?:error: |Trace).*", capfd.readouterr().err)
     assert line.startswith(f"{module}.py: error: ") and message in line
 
     # Nothing is written, but by a run that meets a broken image on its way.
