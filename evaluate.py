@@ -41,7 +41,7 @@ from sample import (
 from train import Labelled, load_data
 
 # What the FID of a method depends on, besides w; the first four and w are the x-axes of `cost`.
-SETTING = ("images", "num_classes", "N", "steps", "p_s", "lr", "guide_on", "interval")
+SETTING = ("images", "classes", "N", "steps", "prior_from", "p_s", "lr", "guide_on", "interval")
 
 # ------------------------------------------------------------------------------------- the formulas
 
@@ -509,38 +509,38 @@ def probe(args: argparse.Namespace) -> None:
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Fig. 2, left: FID over training images, from reports of `stages`; or over another axis. Each
-    run has its best w, by FID against training images. Runs that differ in their seed alone share a
-    point, their mean and standard deviation."""
+    """Fig. 2, left: FID over training images, or --over another axis, from reports of `stages`. Each
+    run is at its best w, by FID against training images; seeds of one setting are averaged."""
     reports = []
     for path in args.reports:
         found = json.loads(Path(path).read_text())
+        if found.get("command") != "stages":
+            raise UserError(f"{path} is not a report of `evaluate.py stages`")
         found |= found["checkpoint"] | found["checkpoint"]["config"]
         found["images"] = found["step"] * found["batch_size"]  # seen in training
-        found["method"] = f"DoD {found['prior_from']}" if found["N"] else "FiTv2"
+        found["classes"] = found["num_classes"]  # those that the model knows, in place of names
         reports.append(found)
 
     # FIDs by another classifier, or of another number of images, do not belong into one figure.
-    facts = ["command", "features", "count", "solver"]
-    facts += ["fingerprint", "image_size", "channels", "held_out"]
+    facts = ["features", "count", "solver", "fingerprint", "image_size", "channels", "held_out"]
     settings = [[found.get(key) for key in facts] for found in reports]
-    if any(setting != settings[0] for setting in settings) or settings[0][0] != "stages":
+    if any(setting != settings[0] for setting in settings):
         raise UserError(f"the reports differ in {', '.join(facts)}: no common figure")
 
     # A curve for each method and each setting of it. Stage 1 is two: unguided, guided by the class.
     scans = {}  # (curve, x) -> seed -> [(FID against training images, FID, w)]
     for found in reports:
-        method = found["method"]
-        alike = [other for other in reports if other["method"] == method]
+        method = "DoD" if found["N"] else "FiTv2"
+        alike = [other for other in reports if (other["N"] > 0) == (found["N"] > 0)]
+        setting = ""
         for key in SETTING:
             if key != args.over and any(other.get(key) != found.get(key) for other in alike):
-                method += f", {key} {found.get(key)}"
+                setting += f", {key} {found.get(key)}"
         for row in found["rows"][1:]:  # after the training images
-            found["w"] = row.get("w", row.get("guidance"))  # as older reports call it
-            guided = " guided" * (row["what"] == "stage 1" and found["w"] > 1)
-            point = (f"{row['what']}{guided}, {method}", found[args.over])
+            guided = " guided" * (row["what"] == "stage 1" and row["w"] > 1)
+            point = (f"{method} {row['what']}{guided}{setting}", (found | row)[args.over])
             scan = scans.setdefault(point, {}).setdefault(found["seed"], [])
-            scan.append((row["fid_training"], row["fid"], found["w"]))
+            scan.append((row["fid_training"], row["fid"], row["w"]))
 
     rows = []
     for (name, x), seeds in sorted(scans.items()):
@@ -589,7 +589,8 @@ def draw_curves(out: Path, rows: list[dict], over: str, floor: float) -> None:
     axes.axhline(floor, color="black", linestyle=":", label="real images")
     axes.set(xscale="log", yscale="log", xlabel=over, ylabel="FID")
     ticks = sorted({row[over] for row in rows})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:,.9g}" for tick in ticks])
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.figure.legend(loc="outside lower center")
     with replacing(out) as temporary:
         axes.figure.savefig(temporary, dpi=120)
@@ -621,8 +622,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--ckpt", default="out/letters/ckpt.pt", help="checkpoint of train.py")
             add("--data", help="where its training images are now; default: where they were")
         if function in (stages, reconstruct):
-            kinds = ["inception", "classifier"]
-            add("--features", choices=kinds, help="default: the classifier below 64 pixels")
+            add("--features", choices=["inception", "classifier"], help="default: by image size")
             add("--num", type=at_least(int, 4), default=1000, help="images, at most those held out")
             add("--cfg", type=scales, default="1,1.5,2,3.5,5.5", help="guidance with a prior")
             add("--solver", choices=["euler", "dopri5"], default="euler", help="Euler or RK45")

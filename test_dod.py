@@ -1300,17 +1300,17 @@ def test_table5_samples_are_compared_with_images_or_moments(tmp_path, monkeypatc
 
 def test_fig2_cost_averages_seeds_each_at_its_best_scale_by_training_fid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    paths = sorted(Path(__file__).parent.glob("assets/reports/stages-[ln][e4][m-][01]-10000.json"))
+    paths = sorted(Path(__file__).parent.glob("assets/reports/groups10-[ln][e4]?[01]-10000.json"))
 
-    # Three methods for each N. Written out for N = 2, with the older name of w.
+    # Three curves for each N. Written out for N = 2.
     best = []
     for path in paths[:2]:
         old = json.loads(path.read_text())
         scan = [row for row in old["rows"] if row["what"] == "stage 2"]
-        best.append(min((row["fid_training"], row["guidance"], row["fid"]) for row in scan))
+        best.append(min((row["fid_training"], row["w"], row["fid"]) for row in scan))
     expected = pytest.approx([640_000, *np.mean(best, 0)[1:], np.std(best, 0, ddof=1)[2], 2])
     found = {row["what"]: [*row.values()] for row in rows_of("cost", *paths)}
-    assert len(found) == 6 and found["stage 2, DoD lem, N 2"][1:] == expected
+    assert len(found) == 6 and found["DoD stage 2, N 2"][1:] == expected
 
     # FIDs by another classifier, of other counts or of other images make no common figure.
     other = {"checkpoint": old["checkpoint"] | {"held_out": 0.2}}
