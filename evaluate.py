@@ -41,7 +41,7 @@ from sample import (
 from train import Labelled, load_data
 
 # What the FID of a method depends on, besides w; the first four and w are the x-axes of `cost`.
-SETTING = ("images", "classes", "N", "steps", "prior_from", "p_s", "lr", "guide_on", "interval")
+SETTING = ("images", "classes", "N", "steps", "prior_from", "p_s", "lr", "interval")
 
 # ------------------------------------------------------------------------------------- the formulas
 
@@ -241,10 +241,9 @@ def classifier(saved: dict, training: Labelled) -> Callable:
     # The same weights, batches and noise each time: a FID means something only beside others of
     # the same network. The name of the file says what it learned.
     torch.manual_seed(0)
-    settings = [saved[key] for key in ("image_size", "channels")]
-    network = build_classifier(*settings, len(training.classes))
-    key = repr([saved["fingerprint"], *settings, saved["held_out"]]).encode()
-    file = Path(f"out/classifier-{hashlib.sha256(key).hexdigest()[:12]}.pt")
+    network = build_classifier(saved["image_size"], saved["channels"], len(training.classes))
+    key = repr([saved[name] for name in ("fingerprint", "image_size", "channels", "held_out")])
+    file = Path(f"out/classifier-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt")
     if file.exists():
         network.load_state_dict(torch.load(file, weights_only=True))
     else:
@@ -527,7 +526,7 @@ def cost(args: argparse.Namespace) -> None:
     if any(setting != settings[0] for setting in settings):
         raise UserError(f"the reports differ in {', '.join(facts)}: no common figure")
 
-    # A curve for each method and each setting of it. Stage 1 is two: unguided, guided by the class.
+    # A curve for each method, each setting of it, and what guides it: in stage 1 the class alone.
     scans = {}  # (curve, x) -> seed -> [(FID against training images, FID, w)]
     for found in reports:
         method = "DoD" if found["N"] else "FiTv2"
@@ -537,7 +536,8 @@ def cost(args: argparse.Namespace) -> None:
             if key != args.over and any(other.get(key) != found.get(key) for other in alike):
                 setting += f", {key} {found.get(key)}"
         for row in found["rows"][1:]:  # after the training images
-            guided = " guided" * (row["what"] == "stage 1" and row["w"] > 1)
+            guide = "class" if row["what"] == "stage 1" else found["guide_on"]
+            guided = f", guided by {guide}" * (row["w"] > 1)
             point = (f"{method} {row['what']}{guided}{setting}", (found | row)[args.over])
             scan = scans.setdefault(point, {}).setdefault(found["seed"], [])
             scan.append((row["fid_training"], row["fid"], row["w"]))

@@ -1302,7 +1302,7 @@ def test_fig2_cost_averages_seeds_each_at_its_best_scale_by_training_fid(tmp_pat
     monkeypatch.chdir(tmp_path)
     paths = sorted(Path(__file__).parent.glob("assets/reports/groups10-[ln][e4]?[01]-10000.json"))
 
-    # Three curves for each N. Written out for N = 2.
+    # Three curves for each N (stage 2 was always guided). Written out for N = 2.
     best = []
     for path in paths[:2]:
         old = json.loads(path.read_text())
@@ -1310,7 +1310,7 @@ def test_fig2_cost_averages_seeds_each_at_its_best_scale_by_training_fid(tmp_pat
         best.append(min((row["fid_training"], row["w"], row["fid"]) for row in scan))
     expected = pytest.approx([640_000, *np.mean(best, 0)[1:], np.std(best, 0, ddof=1)[2], 2])
     found = {row["what"]: [*row.values()] for row in rows_of("cost", *paths)}
-    assert len(found) == 6 and found["DoD stage 2, N 2"][1:] == expected
+    assert len(found) == 6 and found["DoD stage 2, guided by both, N 2"][1:] == expected
 
     # FIDs by another classifier, of other counts or of other images make no common figure.
     other = {"checkpoint": old["checkpoint"] | {"held_out": 0.2}}
