@@ -508,8 +508,8 @@ def probe(args: argparse.Namespace) -> None:
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Fig. 2, left: FID over training images, or --over another axis, from reports of `stages`. Each
-    run is at its best w, by FID against training images; seeds of one setting are averaged."""
+    """Fig. 2, left: FID over training images, or --over another axis, from reports of `stages`, of
+    each run at its best w by FID against training images; seeds of one setting are averaged."""
     reports = []
     for path in args.reports:
         found = json.loads(Path(path).read_text())
