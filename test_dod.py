@@ -940,11 +940,11 @@ def test_priors_are_rows_and_mixtures_lead_from_one_to_the_other(ckpt, tmp_path,
     ("train --out R --resume --lr 1", "was 0.002, now 1.0"),
     ("train --out R --resume --class-groups 2", "now ['A-E', 'F-J']"),
     ("sample --interval 0.2,0.5", "for --solver euler"),
+    ("sample --stages 1 --cfg 2", "--cfg-stage1 guides stage 1"),
     ("sample --ckpt code.pt", "code.pt is not a checkpoint"),
     ("sample --out data/a/0.png", "data/a/0.png exists"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(argv, message, trained, tmp_path, monkeypatch, capfd):
-    # What a user might have lying about.
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "R")
     folder(Path("data"))
@@ -1312,9 +1312,9 @@ def test_fig2_cost_averages_seeds_each_at_its_best_scale_by_training_fid(tmp_pat
     found = {row["what"]: [*row.values()] for row in rows_of("cost", *paths)}
     assert len(found) == 6 and found["DoD stage 2, guided by both, N 2"][1:] == expected
 
-    # FIDs by another classifier, of other counts or of other images make no common figure.
+    # Other counts, another classifier, another command, other images make no common figure.
     other = {"checkpoint": old["checkpoint"] | {"held_out": 0.2}}
-    for change in ({"count": 9}, {"features": "inception"}, other):
+    for change in ({"count": 9}, {"features": "inception"}, {"command": "probe"}, other):
         Path("changed.json").write_text(json.dumps(old | change))
         assert run(evaluate, "cost", *paths, "changed.json") == 2
 
