@@ -590,7 +590,7 @@ def draw_curves(out: Path, rows: list[dict], over: str, floor: float) -> None:
     axes.set(xscale="log", yscale="log", xlabel=over, ylabel="FID")
     ticks = sorted({row[over] for row in rows})
     axes.set_xticks(ticks, [f"{tick:,.9g}" for tick in ticks])
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")  # 10, not 10^1
     axes.figure.legend(loc="outside lower center")
     with replacing(out) as temporary:
         axes.figure.savefig(temporary, dpi=120)
