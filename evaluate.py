@@ -41,7 +41,7 @@ from sample import (
 from train import Labelled, load_data
 
 # What the FID of a method depends on, besides w; the first four and w are the x-axes of `cost`.
-SETTING = ("images", "classes", "N", "steps", "prior_from", "p_s", "lr", "interval")
+SETTING = "images classes N steps prior_from p_s lr interval depth d cfg_channels".split()
 
 # ------------------------------------------------------------------------------------- the formulas
 
