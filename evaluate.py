@@ -508,8 +508,8 @@ def probe(args: argparse.Namespace) -> None:
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Fig. 2, left: FID over training images, or --over another axis, from reports of `stages`, of
-    each run at its best w by FID against training images; seeds of one setting are averaged."""
+    """Fig. 2, left: FID over training images (or --over another axis), from reports of `stages`.
+    Each run counts at its best w by FID against training images; seeds are averaged."""
     reports = []
     for path in args.reports:
         found = json.loads(Path(path).read_text())
@@ -522,9 +522,9 @@ def cost(args: argparse.Namespace) -> None:
 
     # FIDs by another classifier, or of another number of images, do not belong into one figure.
     facts = ["features", "count", "solver", "fingerprint", "image_size", "channels", "held_out"]
-    settings = [[found.get(key) for key in facts] for found in reports]
-    if any(setting != settings[0] for setting in settings):
-        raise UserError(f"the reports differ in {', '.join(facts)}: no common figure")
+    differ = [key for key in facts if any(x.get(key) != reports[0].get(key) for x in reports)]
+    if differ:
+        raise UserError(f"the reports differ in {', '.join(differ)}: they make no common figure")
 
     # A curve for each method, each setting of it, and what guides it: in stage 1 the class alone.
     scans = {}  # (curve, x) -> seed -> [(FID against training images, FID, w)]
@@ -555,10 +555,10 @@ def cost(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
     """Prints the rows as a table and writes them to --out as JSON, with every flag and fact."""
     columns = dict.fromkeys(key for row in rows for key in row if key not in ("what", "is_std"))
-    print(" " * 40 + "".join(f"{key:>13}" for key in columns))
+    print(" " * 60 + "".join(f"{key:>13}" for key in columns))
     for row in rows:
         cells = [f"{row[key]:13.4g}" if key in row else " " * 13 for key in columns]
-        print(f"{row['what'][:40]:40}" + "".join(cells))
+        print(f"{row['what']:60}" + "".join(cells))
 
     # The report: enough to say, a year later, how each number came about.
     facts["versions"] = {"torch": torch.__version__, "numpy": np.__version__}

@@ -1305,17 +1305,17 @@ def test_fig2_cost_averages_seeds_each_at_its_best_scale_by_training_fid(tmp_pat
     # Three curves for each N (stage 2 was always guided). Written out for N = 2.
     best = []
     for path in paths[:2]:
-        old = json.loads(path.read_text())
-        scan = [row for row in old["rows"] if row["what"] == "stage 2"]
+        given = json.loads(path.read_text())
+        scan = [row for row in given["rows"] if row["what"] == "stage 2"]
         best.append(min((row["fid_training"], row["w"], row["fid"]) for row in scan))
     expected = pytest.approx([640_000, *np.mean(best, 0)[1:], np.std(best, 0, ddof=1)[2], 2])
     found = {row["what"]: [*row.values()] for row in rows_of("cost", *paths)}
     assert len(found) == 6 and found["DoD stage 2, guided by both, N 2"][1:] == expected
 
     # Other counts, another classifier, another command, other images make no common figure.
-    other = {"checkpoint": old["checkpoint"] | {"held_out": 0.2}}
+    other = {"checkpoint": given["checkpoint"] | {"held_out": 0.2}}
     for change in ({"count": 9}, {"features": "inception"}, {"command": "probe"}, other):
-        Path("changed.json").write_text(json.dumps(old | change))
+        Path("changed.json").write_text(json.dumps(given | change))
         assert run(evaluate, "cost", *paths, "changed.json") == 2
 
 
