@@ -18,6 +18,7 @@ is the level to aim for. Images are uint8 (n, channels, height, width); D featur
 import argparse
 import hashlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -387,26 +388,28 @@ class Run:
         return fake
 
 
-def sample_rows(args, run: Run, cfg: list[float], prior=None) -> Iterator[tuple]:
+def sample_rows(args, run: Run, cfg: list[float], prior=None, before=0, gflops=0.0) -> Iterator:
     """Samples with these guidance scales, of the classes of the held-out images -> for each stage,
     its row, its images, its latents. evaluations: of v; a guided one runs the network twice.
-    gflops: Table 4's unit, 10^9 multiply-accumulates of linear layers, stages before included."""
-    latents, nfe = generate(run.model, run.told, len(cfg), cfg, prior=prior, **run.settings)
+    gflops: Table 4's unit, 10^9 multiply-accumulates of linear layers, stages before included:
+    `before` stages of that many `gflops` have drawn the prior."""
+    settings = run.settings | {"first_stage": before}
+    latents, nfe = generate(run.model, run.told, len(cfg), cfg, prior=prior, **settings)
 
     # Outside --interval an evaluation runs the network once, with S.
     times = torch.arange(1, args.steps + 1) / args.steps
     low, high = args.interval or (0, 1)
     outside = ((times < low) | (times > high)).sum().item()  # Euler steps, one evaluation each
     macs = count_macs(run.model.config)
-    total = 0
     for i, z0 in enumerate(latents):
         evaluations = nfe[i].double().mean().item()
         inside = evaluations - outside
         unconditional = inside if cfg[i] > 1 else 0  # the second branch of guidance
         with_prior = inside if i or prior is not None else 0
-        total += stage_macs(macs, with_prior, evaluations - with_prior + unconditional)
-        row = {"what": f"stage {i + 1}", "w": cfg[i], "evaluations": evaluations}
-        yield row | {"gflops": total / 1e9}, run.codec.decode(z0).cpu(), z0
+        macs_of_stage = stage_macs(macs, with_prior, evaluations - with_prior + unconditional)
+        gflops += macs_of_stage / 1e9
+        row = {"what": f"stage {before + i + 1}", "w": cfg[i], "evaluations": evaluations}
+        yield row | {"gflops": gflops}, run.codec.decode(z0).cpu(), z0
 
 
 def stages(args: argparse.Namespace) -> None:
@@ -415,20 +418,21 @@ def stages(args: argparse.Namespace) -> None:
     run.start_table(args)
     later = (args.stages or (3 if run.model.config.N else 1)) - 1
 
-    # A plan is the guidance scale of each stage: 1, w, w, ... Section 3.3 leaves stage 1 unguided.
-    plans = [[1.0] + [w] * later for w in args.cfg] if later else [[1.0]]
-    # The baseline that stage 2 has to beat: the same model, guided by the class alone.
-    if run.K > 1:
-        plans += [[w] for w in args.cfg_stage1]
-    for i, plan in enumerate(plans):
-        prior = None
-        for row, images, z0 in sample_rows(args, run, plan):
-            # Stage 1 without guidance is the same in each plan.
-            if row["w"] > 1 or prior is not None or i == 0:
-                fake = run.add(row, images, run.y)
-                if prior is not None:
-                    row["spread"] = spread_of(run, fake, row["w"], prior)
+    # Section 3.3 leaves stage 1 unguided. It is drawn once, as the prior of all later stages.
+    ((first, images, z0_first),) = sample_rows(args, run, [1.0])
+    run.add(first, images, run.y)
+    for w in args.cfg if later else []:
+        prior = z0_first
+        plan = [w] * later
+        for row, images, z0 in sample_rows(args, run, plan, prior, 1, first["gflops"]):
+            fake = run.add(row, images, run.y)
+            row["spread"] = spread_of(run, fake, w, prior)
             prior = z0  # of the next stage
+
+    # The baseline that stage 2 has to beat: the same model, guided by the class alone.
+    for w in args.cfg_stage1 if run.K > 1 else []:
+        ((row, images, _),) = sample_rows(args, run, [w])
+        run.add(row, images, run.y)
     finish(args, run)
 
 
@@ -562,6 +566,8 @@ def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
 
     # The report: enough to say, a year later, how each number came about.
     facts["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     found = vars(args) | facts | {"rows": rows}
     found.pop("function")
     with replacing(args.out) as temporary:

@@ -252,13 +252,13 @@ class DoD(nn.Module):
             self.S = nn.Parameter(torch.randn(1, 1, d) * 0.02)
         if config.N and config.prior_from != "lem":
             bottleneck = {"patches": Patches, "means": Means}[config.prior_from]
-            self.lem = bottleneck(config.latent_channels, config.p, d)
-            self.prior_mlp = nn.Identity()
+            self.lem = bottleneck(config.latent_channels, config.p, config.d_l)
         elif config.N:
             self.lem = LEM(
                 config.latent_size, config.latent_channels, config.p, config.d_l, config.lem_heads,
                 config.encoder_depth, config.decoder_depth, config.N, config.d_e,
             )  # fmt: skip
+        if config.N:
             # CHOICE: the paper does not say how e_s gets from width d_l to d. With this two-layer
             # MLP, counted with the backbone, Table 1's 105 M and 527 M come out.
             self.prior_mlp = nn.Sequential(nn.Linear(config.d_l, d), nn.SiLU(), nn.Linear(d, d))

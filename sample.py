@@ -99,6 +99,7 @@ def generate(
     start: int = 0,
     prior: torch.Tensor | None = None,
     batch_size: int = 256,
+    first_stage: int = 0,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Multi-stage sampling (section 3.2): classes y (B,) -> [z_0^1, z_0^2, ...], [nfe, nfe, ...],
     for each stage its samples (B, C, H, W) and the evaluations of each image (B,).
@@ -114,6 +115,7 @@ def generate(
     solver        "dopri5" (adaptive, image by image) or "euler" (`steps` steps)
     seed, start   image b is image number start + b of this seed
     prior         (B, C, H, W) latents that take the place of a previous stage's samples in stage 1
+    first_stage   how many stages came before the prior: the noise of a stage depends on its number
 
     Why a prior needs a large w (section 3.3): v_c - v_u is what class and prior change. x_t already
     shows much of them, so they change v only a little; w > 1 exaggerates that, and leads to images
@@ -144,7 +146,7 @@ def generate(
         # Fig. 3a: what a stage has drawn becomes the visual prior of the next one. The noise is
         # fresh in each stage, so nothing but e_s passes from one to the next.
         for i in range(stages):
-            z1 = noise(shape, seed, numbers, i).to(y.device)
+            z1 = noise(shape, seed, numbers, first_stage + i).to(y.device)
             e_s = None if z0 is None else model.visual_prior(z0)  # (B, T, d), once a stage
             z0, spent = sample_stage(
                 model, z1, y[group], e_s, w[i], guide_on, cfg_channels, interval, solver, steps

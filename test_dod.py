@@ -396,14 +396,14 @@ def test_patches_go_back_to_their_places_and_three_sizes_are_refused():
 
 
 def test_section_1_patches_pass_everything_on_and_means_a_mean():
-    # A token's e_s is a linear function of its own patch, or of the mean of the patch's pixels.
+    # What LEM would return is a linear function of a token's own patch, or of its pixels' mean.
     x0, _, _, _ = batch()
     patches = lem.patchify(x0, 2)
     means = patches.unflatten(-1, (4, 3)).mean(2)
     for prior_from, passed in (("patches", patches), ("means", means)):
         dod = awake(replace(TINY, prior_from=prior_from))
-        e_s = passed @ dod.lem.embed.weight.T + dod.lem.embed.bias
-        assert close(dod.visual_prior(x0), e_s)
+        e_l = passed @ dod.lem.embed.weight.T + dod.lem.embed.bias
+        assert close(dod.visual_prior(x0), dod.prior_mlp(e_l))
 
 
 def test_the_demonstrations_run(tmp_path, monkeypatch, capsys):
@@ -529,15 +529,15 @@ def test_section_4_1_one_batch_can_be_learned_by_heart():
     x0, x1, y, t = batch(8)
     step = partial(train.training_step, dod, ema, keep=[torch.tensor([0, 3, 4, 6])])
     still = torch.optim.AdamW(dod.parameters(), 0.0, weight_decay=0)
-    loss, norm = step(still, (100 * x0, 100 * x1, t, y), step=1)
+    loss, halves, norm = step(still, (100 * x0, 100 * x1, t, y), step=1)
     assert close(loss, 1e4 * (x1 - x0).square().mean())
     assert norm > 10 and close(flat(dod, "grad").norm(), 1.0, 1e-3)
-    assert step(still, (100 * x0, 100 * x1, t, y), step=2)[1] == norm
+    assert step(still, (100 * x0, 100 * x1, t, y), step=2)[2] == norm
 
     # A hundred and fifty steps on the same images, noises and times.
     optimizer = torch.optim.AdamW(dod.parameters(), 3e-3, weight_decay=0)
     for n in range(1, 151):
-        loss, _ = step(optimizer, (x0, x1, t, y), step=n)
+        loss, halves, _ = step(optimizer, (x0, x1, t, y), step=n)
     assert loss < (x1 - x0).square().mean() / 10
 
     # Each step ends with the EMA's, whose decay is (1 + n) / (10 + n) early on.
@@ -560,7 +560,7 @@ def test_gradients_are_equal_on_ranks_and_in_micro_batches_and_near_in_bf16(monk
             dod = awake().train()
             optimizer = torch.optim.AdamW(dod.parameters(), 0.0, weight_decay=0)
             mine = [part[share] for part in (x0, x1, t, y)]
-            _, norm = train.training_step(dod, awake(), optimizer, mine, keep, 1, bf16)
+            _, _, norm = train.training_step(dod, awake(), optimizer, mine, keep, 1, bf16)
             gradients[-1] += flat(dod, "grad") * max(norm, 1) / ranks  # as before the clip
     errors = [(other - gradients[0]).norm() / gradients[0].norm() for other in gradients]
     assert max(errors[:3]) < 1e-5 and 1e-4 < errors[3] < 0.05
@@ -992,7 +992,7 @@ def test_a_step_and_euler_s_method_never_wait_for_a_gpu(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True), NeverWaits(), torch.no_grad():
         for step in (1, 2):
             given = (x, x, x[:, 0, 0, 0], y)
-            loss, _ = train.training_step(dod, dod, optimizer, given, [y[:2], y[:2]], step)
+            loss, _, _ = train.training_step(dod, dod, optimizer, given, [y[:2], y[:2]], step)
         e_s = dod.visual_prior(x)
         z0, _ = sample.sample_stage(dod, x, y, e_s, 2.0, "both", None, None, "euler", 3)
     assert loss.device.type == z0.device.type == "cuda"
@@ -1365,7 +1365,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args(namespace=Namespace(seed=0, init=None, lr=1e-4))
+    args = parser.parse_args(namespace=Namespace(seed=0, init=None, lr=1e-4, lem_lr_factor=1.0))
 
     # Half of the batch keeps its prior. On a GPU all is computed in bf16, as in train.py.
     config = CONFIGS[args.model]

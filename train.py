@@ -87,8 +87,9 @@ def to_latents(x: torch.Tensor, eps: torch.Tensor | None, codec: Codec) -> torch
 
 def training_step(
     network, ema, optimizer, batch, keep, step, bf16=False, ema_decay=0.999
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of this rank -> its mean loss () and the norm of the gradient ().
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One step of this rank -> its mean loss (); the sums of the losses of the images with their
+    prior and of those with S (2,); the norm of the gradient ().
     network: a DoD, possibly inside DistributedDataParallel; batch: x0, x1 (b, C, H, W) latents and
     noise, t, y (b,) times and classes; keep[i]: which images of this rank's micro-batch i keep
     their prior, as indices. Nothing in it waits for the GPU.
@@ -96,6 +97,7 @@ def training_step(
     x0, x1, t, y = batch
     size = len(x0) // len(keep)  # of a micro-batch
     total = torch.zeros((), device=x0.device)
+    halves = torch.zeros(2, device=x0.device)
     optimizer.zero_grad(set_to_none=True)
     for i, rows in enumerate(keep):
         micro = slice(i * size, (i + 1) * size)
@@ -108,6 +110,10 @@ def training_step(
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
             loss = rectified_flow_loss(network, x0[micro], y[micro], x1[micro], t[micro], rows)
 
+        # The gap between the two halves of the batch is what the prior is worth.
+        with_prior = loss.detach()[rows].sum()
+        halves += torch.stack([with_prior, loss.detach().sum() - with_prior])
+
         # Divided by the number of micro-batches, their sum is the mean over the whole batch.
         loss = loss.mean() / len(keep)
         loss.backward()  # adds to the gradients of the earlier micro-batches
@@ -119,7 +125,7 @@ def training_step(
 
     # What is sampled from, and reported, is the moving average of the weights.
     update_ema(ema, network, step, ema_decay)
-    return total, norm
+    return total, halves, norm
 
 
 @torch.no_grad()
@@ -211,11 +217,11 @@ def train(args: argparse.Namespace) -> None:
 
             # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1, step / max(1, args.warmup))
-            loss, norm = training_step(
+                group["lr"] = group["peak_lr"] * min(1, step / max(1, args.warmup))
+            loss, halves, norm = training_step(
                 network, ema, optimizer, (x0, x1, t, y), keep, step, bf16, args.ema_decay
             )
-            pending.append((step, loss, norm))
+            pending.append((step, loss, halves, norm))
 
             # Several ranks vote at every tenth step only, for a vote waits for the GPU.
             stop = bool(caught) and not dist.is_initialized()
@@ -229,7 +235,8 @@ def train(args: argparse.Namespace) -> None:
                 continue
 
             # Nothing is written after a loss that is not finite: the last good checkpoint stays.
-            record = summarise(pending, ckpt)
+            record = summarise(pending, args.batch_size, args.p_s if config.N else None, ckpt)
+            record["lr"] = optimizer.param_groups[0]["lr"]
             seconds = time.time() - began
             record["images_per_s"] = len(pending) * args.batch_size / seconds
             record["waiting_for_data"] = waited / seconds  # a share of the time
@@ -237,7 +244,7 @@ def train(args: argparse.Namespace) -> None:
             # A milestone has all that sampling needs, ckpt.pt what resuming needs as well.
             if rank == 0:
                 if save and len(held_out):
-                    record["held_out_loss"] = held_out_loss(ema, held_out, codec, args)
+                    record |= held_out_loss(ema, held_out, codec, args)
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(record) + "\n")
                 if milestone:
@@ -501,7 +508,8 @@ def open_data(args: argparse.Namespace, codec: Codec) -> tuple[Labelled, Labelle
 
 # The flags on which the result of a run depends. A resumed run has to repeat them.
 RECORDED = """
-    image_size channels held_out batch_size lr warmup p_s flip seed precision ema_decay
+    image_size channels held_out batch_size lr lem_lr_factor warmup p_s flip seed precision
+    ema_decay
 """.split()
 
 
@@ -560,7 +568,13 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> tup
     # The average starts as a copy of the weights; it is never trained itself.
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0, fused=True)
+    # LEM and the MLP behind it may learn at a rate of their own.
+    groups = []
+    for own, lr in ((False, args.lr), (True, args.lr * args.lem_lr_factor)):
+        named = model.named_parameters()
+        part = [p for name, p in named if name.startswith(("lem.", "prior_mlp.")) == own]
+        groups += [{"params": part, "lr": lr, "peak_lr": lr}] if part else []
+    optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True)
 
     # Compiled block by block, so that the weights keep their names.
     blocks = [module for module in model.modules() if isinstance(module, (Block, ViTBlock))]
@@ -579,21 +593,27 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> tup
 # ---------------------------------------------------------------------------------- log and signals
 
 
-def summarise(pending: list[tuple], ckpt: Path) -> dict:
-    """A log record of the last steps, over all ranks. pending: (step, loss (), norm ()) of each,
-    read here and not in each step, so that a GPU need not wait. Raises FloatingPointError that
-    names the first step that is not finite."""
-    losses = sum_over_ranks(torch.stack([loss for _, loss, _ in pending])) / processes()[1]
-    norms = torch.stack([norm for _, _, norm in pending])
+def summarise(pending: list[tuple], batch_size: int, p_s: float | None, ckpt: Path) -> dict:
+    """A log record of the last steps, over all ranks. pending: (step, loss (), halves (2,), norm
+    ()) of each, read here and not in each step, so that a GPU need not wait; p_s: None without LEM.
+    Raises FloatingPointError that names the first step that is not finite."""
+    losses = sum_over_ranks(torch.stack([loss for _, loss, _, _ in pending])) / processes()[1]
+    halves = sum_over_ranks(torch.stack([halves for _, _, halves, _ in pending])).mean(0)
+    norms = torch.stack([norm for _, _, _, norm in pending])
     bad = (~(losses + norms).isfinite()).nonzero()
     if len(bad):
         what = f"the loss of step {pending[bad[0]][0]} (or its gradient) is not finite"
         raise FloatingPointError(f"{what}; {ckpt} is the last good one; try a lower --lr")
-    return {"step": pending[-1][0], "loss": losses.mean().item(), "grad_norm": norms.mean().item()}
+    record = {"step": pending[-1][0], "loss": losses.mean().item()}
+    if p_s is not None:
+        without = round(p_s * batch_size)  # the images with S, in each step
+        record["loss_prior"] = halves[0].item() / (batch_size - without)
+        record["loss_S"] = halves[1].item() / without
+    return record | {"grad_norm": norms.mean().item()}
 
 
 @torch.no_grad()
-def held_out_loss(ema: DoD, held_out: Labelled, codec: Codec, args: argparse.Namespace) -> float:
+def held_out_loss(ema: DoD, held_out: Labelled, codec: Codec, args: argparse.Namespace) -> dict:
     """Eq. 3 of the EMA model on up to 256 held-out images, with the same noise and times each time,
     those of step 0, and no class dropped. It rises when the model begins to overfit."""
     device = ema.cos.device
@@ -604,7 +624,12 @@ def held_out_loss(ema: DoD, held_out: Labelled, codec: Codec, args: argparse.Nam
     y = torch.tensor([k for _, k in items], device=device)
     y = y * ema.config.num_classes // len(held_out.classes)
     kept = torch.tensor(keeps_prior(len(items), args.p_s if ema.config.N else 1), device=device)
-    return rectified_flow_loss(ema, x0, y, x1, t, kept.nonzero().squeeze(1)).mean().item()
+    losses = rectified_flow_loss(ema, x0, y, x1, t, kept.nonzero().squeeze(1))
+    found = {"held_out_loss": losses.mean().item()}
+    if ema.config.N:
+        found["held_out_loss_prior"] = losses[kept].mean().item()
+        found["held_out_loss_S"] = losses[~kept].mean().item()
+    return found
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -668,10 +693,10 @@ FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, cfg=3.5)
 IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, cfg=5.5)  # with --vae
 # CHOICE: DoD-Ti learns at 20 times the paper's rate, after a warm-up. Without the warm-up LEM died
 # in our runs: e_s became the same for all images, and the loss with a prior the same as without.
-SMALL = dict(batch_size=64, lr=2e-3, warmup=300, steps=2500, save_every=500)
+SMALL = dict(batch_size=64, lr=2e-3, lem_lr_factor=1.0, warmup=300, steps=2500, save_every=500)
 # Batch size and rate are those of section 4.1, the 400,000 steps those of section 4.2.
 # CHOICE: no warm-up, for the paper says that the rate is constant; FiTv2's code has one (--warmup).
-PAPER = dict(batch_size=256, lr=1e-4, warmup=0, steps=400_000, save_every=10_000)
+PAPER = dict(batch_size=256, lr=1e-4, lem_lr_factor=1.0, warmup=0, steps=400_000, save_every=10_000)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -706,6 +731,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=natural, help="images a step, of all ranks together")
     add("--grad-accum", type=natural, default=1, help="micro-batches of a step, one after another")
     add("--lr", type=at_least(float, 0), help="AdamW's constant learning rate")
+    add("--lem-lr-factor", type=at_least(float, 0), help="LEM's rate, as a multiple of --lr")
     add("--warmup", type=count, help="first steps, over which the rate grows")
     add("--ema-decay", type=share, default=0.999, help="of the weights that are sampled from")
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
