@@ -1,17 +1,17 @@
 """evaluate.py -- FID, sFID, IS, precision, recall, rFID, PSNR, SSIM and linear probe. Section 4.1.
 
-The formulas behind Fig. 4 and Tables 2 to 5 come first. Inception was trained on ImageNet; for
-images below 64 pixels a small CNN takes its place, trained on the run's training images. Its FID is
-on a scale of its own.
+The formulas behind Fig. 4 and Tables 2 to 5 come first. FID compares features of Inception, which
+was trained on ImageNet; for images below 64 pixels, those of a small classifier that is trained on
+the run's own images, and then FID is on a scale of its own. Samples are compared with held-out
+images. Choose w by the FID against training images, and report the one against held-out images. In
+a table's first row, training images take the place of samples: its FID is the level to aim for.
 
-Samples are compared with held-out images. Choose w by the FID against training images; report the
-one against held-out images. The first row of a table has training images in place of samples: it
-is the level to aim for. Images are uint8 (n, channels, height, width); D features, K classes.
+Images are uint8 (n, channels, height, width); D features, K classes.
 
-    python evaluate.py stages                   # Fig. 4, right, for the run in out/letters
-    python evaluate.py reconstruct              # Fig. 4, left: held-out images as priors
-    python evaluate.py probe                    # Table 2, right: the class in LEM's tokens
-    python evaluate.py cost a.json b.json       # Fig. 2, left: FID over training images (--over)
+    python evaluate.py stages                    # Fig. 4, right, for the run in out/letters
+    python evaluate.py reconstruct               # Fig. 4, left: held-out images are the priors
+    python evaluate.py probe                     # Table 2, right: the class in LEM's tokens
+    python evaluate.py curves a.json b.json      # Fig. 2, left: FID over training images
     python evaluate.py samples --ref VIRTUAL_imagenet256_labeled.npz --samples samples.npz
 """
 
@@ -20,8 +20,9 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -33,34 +34,33 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import UserError, count_macs, stage_macs
+from model import FiTv2, UserError, count_macs, stage_macs
 from sample import (
-    SETTINGS, Parser, add_sampling_flags, at_least, draw_grid, generate, load_checkpoint,
-    load_codec, load_image, load_model, pick_device, processes, refuse_existing, replacing,
-    run_command,
+    Codec, Parser, Sampler, add_sampling_flags, bounded, checkpoint_codec, generate,
+    load_checkpoint, load_image, load_model, pick_device, rank_and_world_size, refuse_existing,
+    replacing, run_command,
 )  # fmt: skip
-from train import Labelled, load_data
+from train import Labelled, open_data, to_latents
 
-# What the FID of a method depends on, besides w; the first four and w are the x-axes of `cost`.
-SETTING = "images classes N steps prior_from p_s lr interval depth d cfg_channels".split()
+Array = torch.Tensor | np.ndarray
 
 # ------------------------------------------------------------------------------------- the formulas
 
 
-def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (D,) and covariance (D, D) of features (n, D), in float64, with ddof = 1."""
-    x = features.double()
+    x = features.cpu().double()  # MPS has no float64
     return x.mean(0), torch.cov(x.T)
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
     """FID (Heusel et al., 2017): |mu1 - mu2|² + tr S1 + tr S2 - 2 tr (S1 S2)^1/2, in float64.
 
     S1 S2 has the same eigenvalues as A S2 A, where A = S1^1/2, and that matrix is symmetric: two
     symmetric eigendecompositions are exact and fast where scipy.linalg.sqrtm is neither.
-    mu (D,), sigma (D, D), tensors or arrays.
+    Means mu (D,), covariances sigma (D, D).
     """
-    given = [torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2)]
+    given = [torch.as_tensor(x).cpu().double() for x in (mu1, sigma1, mu2, sigma2)]  # not on MPS
     mu1, sigma1, mu2, sigma2 = given
 
     # A = S1^1/2, then the square roots of the eigenvalues of A S2 A. Rounding may leave eigenvalues
@@ -72,28 +72,33 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
 
 
-def inception_score(probs, splits: int = 10) -> tuple[float, float]:
+def inception_score(probs: Array, splits: int = 10) -> tuple[float, float]:
     """IS (Salimans et al., 2016): exp(mean over x of KL(p(y|x) | p(y))), from 1 to K.
 
     probs (n, K): each image's p(y|x); `splits` contiguous parts, each with its own p(y) -> mean
-    and standard deviation over the parts.
+    and standard deviation over the parts. Raises UserError for fewer images than parts.
     """
+    if len(probs) < splits:
+        raise UserError(f"the IS of {splits} parts needs as many images, not {len(probs)}")
     scores = []
-    for p in torch.as_tensor(probs).double().tensor_split(splits):
+    for p in torch.as_tensor(probs).cpu().double().tensor_split(splits):
         divergence = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))  # with 0 log 0 = 0
         scores.append(divergence.sum(1).mean().exp().item())  # e^KL of this part
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(real, fake, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: Array, fake: Array, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., 2019) of features (m, D) and (n, D).
 
     Precision: the share of fakes inside the ball of any real image; a ball reaches to the k-th
     nearest neighbour of its centre in its own set, border included. Recall: the reverse.
+    Raises UserError for sets of k images or fewer.
     CHOICE: fp32, where guided-diffusion's code computes distances in fp16 if they are finite.
     """
     real = torch.as_tensor(real, dtype=torch.float32)
     fake = torch.as_tensor(fake, dtype=torch.float32)
+    if min(len(real), len(fake)) <= k:
+        raise UserError(f"precision and recall need {k + 1} images or more in each of the two sets")
 
     def covered(points, centres):
         """The share of points inside any ball, in blocks of 128 MB."""
@@ -103,14 +108,15 @@ def precision_recall(real, fake, k: int = 3) -> tuple[float, float]:
         distances = (torch.cdist(block, centres) for block in centres.split(rows))
         radii = torch.cat([d.kthvalue(k + 1).values for d in distances])  # (m,)
         inside = [(torch.cdist(block, centres) <= radii).any(1) for block in points.split(rows)]
-        return torch.cat(inside).double().mean().item()
+        return torch.cat(inside).cpu().double().mean().item()
 
     return covered(fake, real), covered(real, fake)
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """10 log10(255² / mean (a - b)²), dB: uint8 images -> (n,); infinite for equal ones."""
-    return 10 * (255**2 / (a.double() - b.double()).square().flatten(1).mean(1)).log10()
+    error = (a.cpu().double() - b.cpu().double()).square().flatten(1).mean(1)
+    return 10 * (255**2 / error).log10()
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -118,10 +124,10 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     (2 mu_a mu_b + c1)(2 cov + c2) / ((mu_a² + mu_b² + c1)(var_a + var_b + c2)), c1 = (0.01 · 255)²,
     c2 = (0.03 · 255)², over the channels and the places of an 11 x 11 Gaussian window, sigma 1.5,
-    that lie inside; the window weights the moments. Images must have 11 x 11 pixels or more.
+    that lie inside; the window weights the moments. Raises RuntimeError below 11 x 11 pixels.
     """
-    a = a.double()
-    b = b.double()
+    a = a.cpu().double()
+    b = b.cpu().double()
 
     # The window is g times its transpose; softmax brings the sum of its weights to 1.
     g = (-torch.arange(-5, 6).double().square() / (2 * 1.5**2)).softmax(0)  # (11,)
@@ -144,32 +150,32 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (luminance * structure).mean(1)  # (n,)
 
 
-def linear_probe(x, y, x_test, y_test, decay: float = 1e-4) -> float:
+def linear_probe(x: Array, y: Array, x_test: Array, y_test: Array, decay: float = 1e-4) -> float:
     """Top-1 on (x_test, y_test), in [0, 1], of BatchNorm without affine + Linear fitted to (x, y).
 
     x (n, D) features, y (n,) classes. BatchNorm of all n scales each feature to mean 0, variance 1.
     CHOICE: the loss is cross-entropy + decay/2 |W|²; so it has a minimum even where the classes can
     be separated, and L-BFGS finds it.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn import linear_model, pipeline, preprocessing
 
     # scikit-learn minimises |W|²/2 + C times the sum, not the mean, of the cross-entropies.
-    regression = LogisticRegression(C=1 / (decay * len(x)), max_iter=2000)
-    model = make_pipeline(StandardScaler(), regression)
-    return model.fit(x.double().cpu(), y).score(x_test.double().cpu(), y_test)
+    regression = linear_model.LogisticRegression(C=1 / (decay * len(x)), max_iter=2000)
+    fitted = pipeline.make_pipeline(preprocessing.StandardScaler(), regression)
+    fitted.fit(x.cpu().double(), y)
+    return fitted.score(x_test.cpu().double(), y_test)
 
 
-def spread(first: torch.Tensor, second: torch.Tensor, y: torch.Tensor) -> float:
+def spread(one: torch.Tensor, again: torch.Tensor, y: torch.Tensor) -> float:
     """How free a prior leaves its image. Features (n, D) of two images of each of n priors, from
     different noise -> mean distance between images of one prior, divided by that between images of
     different priors and the same class y (n,). 0: the prior fixes the image; 1: it fixes nothing.
-    """
-    distances = torch.cdist(first.double(), second.double())  # (n, n)
-    others = y[:, None] == y  # pairs of one class,
-    others.fill_diagonal_(False)  # but not of one prior
-    return (distances.diagonal().mean() / distances[others].mean()).item()
+    y is the class that the model knows. With fewer, the images of a class differ more, so spreads
+    of models with different numbers of classes cannot be compared. NaN: no two images share one."""
+    distances = torch.cdist(one.cpu().double(), again.cpu().double())  # (n, n)
+    same_class = y[:, None] == y
+    same_class.fill_diagonal_(False)  # but not of one prior
+    return (distances.diagonal().mean() / distances[same_class].mean()).item()
 
 
 # ------------------------------------------------------------------------------------- the features
@@ -206,7 +212,8 @@ def inception(path: str | None, device: torch.device) -> Callable:
 
 
 def build_classifier(size: int, channels: int, classes: int) -> nn.Sequential:
-    """Three convolutions of 32, 64 and 64 channels, an average, a linear layer."""
+    """Three convolutions of 32, 64 and 64 channels, an average, a linear layer: images (b,
+    channels, size, size) in [-1, 1] -> logits (b, classes)."""
     # Images of more than 32 pixels are averaged down first, which keeps it fast on a CPU.
     layers = [nn.AdaptiveAvgPool2d(min(size, 32))]
     for before, after in ((channels, 32), (32, 64), (64, 64)):
@@ -216,9 +223,10 @@ def build_classifier(size: int, channels: int, classes: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def fit(network: nn.Sequential, images: torch.Tensor, y: torch.Tensor, steps: int = 500) -> None:
-    """Trains the classifier within a minute, in one thread. CHOICE: on images with up to 24 of 255
-    grey levels of noise, or its features react more to faint noise than to scrambled letters."""
+def train_classifier(network: nn.Module, images: Array, y: Array, steps: int = 500) -> None:
+    """Fits the classifier to uint8 images and classes y (n,) within a minute, in one thread.
+    CHOICE: each image gets noise of up to 24 of 255 grey levels; without this noise the features
+    react more to faint noise than to scrambled letters."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
@@ -232,58 +240,93 @@ def fit(network: nn.Sequential, images: torch.Tensor, y: torch.Tensor, steps: in
     torch.set_num_threads(threads)
 
 
-def classifier(saved: dict, training: Labelled) -> Callable:
-    """For small images: a CNN fitted to the checkpoint's training images, and kept under out/. It
-    always learns the original classes, so that --class-groups leaves FID on the same scale, and
-    runs on the CPU, with or without a GPU. Raises UserError for data of one class."""
-    if len(training.classes) < 2:
+def classifier(checkpoint: dict, training: Labelled) -> tuple[Callable, str]:
+    """CHOICE: for small images, a network fitted to the training images takes Inception's place. It
+    learns the original classes, so that --class-groups leaves FID on the same scale, runs on the
+    CPU, and is kept under out/. -> network, hash of its weights. Raises UserError for one class."""
+    classes = len(training.original_classes)
+    if classes < 2:
         raise UserError("images of one class have no classifier; use --features inception")
 
-    # The same weights, batches and noise each time: a FID means something only beside others of
-    # the same network. The name of the file says what it learned.
+    # The same weights, batches and noise each time: only FIDs by the same network can be compared.
+    # The name of the file says what it learned.
     torch.manual_seed(0)
-    network = build_classifier(saved["image_size"], saved["channels"], len(training.classes))
-    key = repr([saved[name] for name in ("fingerprint", "image_size", "channels", "held_out")])
+    network = build_classifier(checkpoint["image_size"], checkpoint["channels"], classes)
+    key = repr([checkpoint[name] for name in ("fingerprint", "image_size", "channels", "held_out")])
     file = Path(f"out/classifier-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt")
     if file.exists():
         network.load_state_dict(torch.load(file, weights_only=True))
     else:
-        fit(network, *first(training, 10_000))
+        images, _, original_labels = take_images(training, 10_000)
+        train_classifier(network, images, original_labels)
         with replacing(file) as temporary:
             torch.save(network.state_dict(), temporary)
     network.eval()  # BatchNorm uses its running statistics
+    weights = b"".join(value.numpy().tobytes() for value in network.state_dict().values())
 
     # The last layer gives the logits; what goes into it are the pooled features.
     def features(images):
         pool = network[:-1](images.float() / 127.5 - 1)
         return pool, network[-1](pool), None
 
-    return features
+    return features, hashlib.sha256(weights).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------------- sets of images
 
 
-def first(data: Labelled, n: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """n images of a data set, whose order is random: uint8 (n, channels, size, size), y (n,)."""
-    items = [data[i, False] for i in range(start, min(start + n, len(data)))]
-    if len(items) < 4:
-        raise UserError(f"{len(items)} images, at least 4 are needed; see train.py --held-out")
-    return torch.stack([image for image, _ in items]), torch.tensor([y for _, y in items])
+def take_images(data: Labelled, count: int, start: int = 0) -> tuple[torch.Tensor, ...]:
+    """Takes up to `count` images of a data set, whose order is random, from number `start` on
+    -> uint8 (n, channels, size, size), the model's classes (n,), the original classes (n,). Raises
+    UserError if there are fewer than 4, or if one is unreadable."""
+    numbers = range(start, min(start + count, len(data)))
+    if len(numbers) < 4:
+        raise UserError(f"{len(numbers)} images, at least 4 are needed; see train.py --held-out")
+    items = [data[i, False] for i in numbers]
+    labels = torch.tensor([label for _, label in items])
+    original_labels = torch.tensor([int(data.original_labels[i]) for i in numbers])
+    return torch.stack([image for image, _ in items]), labels, original_labels
 
 
-def read_images(path: Path) -> Iterator[torch.Tensor]:
-    """Yields a folder's images, or those of an .npz (arr_0): uint8 (channels, height, width).
-    Raises UserError that names an unreadable one."""
-    # One image at a time: a folder of 50,000 does not have to fit into memory.
+def open_images(path: Path) -> tuple[list[Path] | np.ndarray, dict[str, np.ndarray]]:
+    """A folder of images, or an .npz like guided-diffusion's -> what read_images reads, and the
+    moments mu, sigma, mu_s, sigma_s that an .npz may have. Raises UserError that names the fault.
+    """
+    moments = {}
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.suffix.lower() in IMG_EXTENSIONS and file.name[0] != ".":
-                yield pil_to_tensor(load_image(file, 3))
-        return
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        items = [file for file in files if file.name[0] != "."]
+    else:
+        try:
+            with np.load(path) as file:
+                moments = dict(file)
+        except Exception as error:  # no such file, a text, a zip cut short, a pickle, ...
+            what = "is not a complete .npz; was it cut short, or is it a Git LFS pointer?"
+            raise UserError(f"{path} {what} ({error})") from None
+        items = moments.pop("arr_0", [])
+    if len(items) < 4 and (len(items) or not {"mu", "sigma"} <= moments.keys()):
+        raise UserError(f"{path} has {len(items)} images (arr_0) and no mu and sigma; 4 are needed")
+    if isinstance(items, np.ndarray) and (items.dtype != np.uint8 or items.shape[3:] != (3,)):
+        found = f"{items.dtype} {items.shape}"
+        raise UserError(f"{path}: arr_0 should be uint8 (n, height, width, 3), not {found}")
+    return items, moments
 
-    # The layout of guided-diffusion's files, and of those that sample.py --npz writes.
-    yield from torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
+
+def read_images(items: list[Path] | np.ndarray) -> Iterator[torch.Tensor]:
+    """Yields uint8 (3, height, width), one image at a time: a folder of 50,000 does not have to fit
+    into memory. Raises UserError that names an unreadable file."""
+    for item in items:
+        if isinstance(item, Path):
+            yield pil_to_tensor(load_image(item, 3))
+        else:
+            yield torch.from_numpy(item).permute(2, 0, 1)
+
+
+def in_batches(items: Iterable) -> Iterator[list]:
+    """Yields lists of 64 items; the last may be shorter."""
+    items = iter(items)
+    while batch := list(islice(items, 64)):  # an empty list ends it
+        yield batch
 
 
 @dataclass
@@ -298,191 +341,232 @@ class Features:
 @torch.no_grad()
 def measure(images: Iterable, network: Callable, what: str) -> Features:
     """Passes images through a network, 64 at a time. what: their name in messages. Raises UserError
-    unless there are any, all of one size."""
+    unless they have one size, and finite features."""
     parts = []
     shapes = set()
-    images = iter(tqdm(images, f"features of {what}", leave=False, disable=None))
-    while batch := list(islice(images, 64)):
-        shapes |= {image.shape for image in batch}
-        if len(shapes) == 1:
-            parts.append(network(torch.stack(batch)))
-    if len(shapes) != 1:
-        raise UserError(f"{what}: images of one size are needed, not of {len(shapes)}")
+    for batch in in_batches(tqdm(images, f"features of {what}", leave=False, disable=None)):
+        shapes |= {tuple(image.shape) for image in batch}
+        if len(shapes) > 1:
+            raise UserError(f"{what}: images of one size are needed, not {sorted(shapes)}")
+        parts.append(network(torch.stack(batch)))
     pool, logits, spatial = zip(*parts, strict=True)
+    pool = torch.cat(pool).cpu()
+    if not pool.isfinite().all():
+        raise UserError(f"{what}: features are not finite; are the network's weights damaged?")
     spatial = torch.cat(spatial).cpu() if spatial[0] is not None else None
-    return Features(torch.cat(pool).cpu(), torch.cat(logits).cpu(), spatial)
+    return Features(pool, torch.cat(logits).cpu(), spatial)
 
 
 def compare(real: Features, fake: Features) -> dict[str, float]:
-    """The columns of Tables 4 and 5; IS as in OpenAI's evaluator, in parts of 5,000 images."""
+    """The columns of Tables 4 and 5: FID, sFID, IS, precision and recall."""
     # A covariance of fewer images than features is singular, and FID comes out too high.
     n, D = fake.pool.shape  # images, features
     if min(n, len(real.pool)) < D:
         print(f"warning: {len(real.pool)} and {n} images are too few for {D} features: FID is off")
-    columns = {"fid": frechet_distance(*moments(real.pool), *moments(fake.pool))}
+    columns = {"fid": frechet_distance(*statistics(real.pool), *statistics(fake.pool))}
     if fake.spatial is not None:
-        columns["sfid"] = frechet_distance(*moments(real.spatial), *moments(fake.spatial))
+        columns["sfid"] = frechet_distance(*statistics(real.spatial), *statistics(fake.spatial))
 
-    # Samples in order of class would cap the IS, which looks at one part at a time: always shuffle.
+    # CHOICE: OpenAI's evaluator takes parts of 5,000 images in the order of the file. Here they
+    # are shuffled, since a part of a set in order of class would lack most classes, and of a size
+    # near 5,000 that divides the set evenly.
     probs = fake.logits.double().softmax(1)[np.random.default_rng(0).permutation(n)]
     score, deviation = inception_score(probs, max(1, round(n / 5000)))
     precision, recall = precision_recall(real.pool, fake.pool)
     return columns | {"is": score, "is_std": deviation, "precision": precision, "recall": recall}
 
 
+def compare_pairs(real: Iterable, copies: Iterable) -> dict[str, float]:
+    """PSNR in dB and SSIM between image i of one set and image i of the other, their means over i.
+    64 pairs at a time: in double precision, a large set takes much memory."""
+    found = {"psnr": [], "ssim": []}
+    for pair in zip(in_batches(real), in_batches(copies), strict=True):
+        a, b = map(torch.stack, pair)
+        found["psnr"].append(psnr(a, b))
+        if min(a.shape[2:]) > 10:  # the window of SSIM has 11 x 11 pixels
+            found["ssim"].append(ssim(a, b))
+    return {key: torch.cat(parts).mean().item() for key, parts in found.items() if parts}
+
+
 # ------------------------------------------------------------------------------------- the commands
 
 
+def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
+    """Opens --ckpt -> checkpoint, model, codec, training images, held-out images. Raises UserError
+    for other images than the run's own, and for a plain FiTv2 where LEM is needed."""
+    checkpoint = load_checkpoint(args.ckpt)
+    device = pick_device(args.device)
+    model = load_model(checkpoint, device)
+    if needs_lem and not model.config.N:
+        raise UserError(f"{args.ckpt} is a plain FiTv2: it has no LEM, and stage 1 only")
+    codec = checkpoint_codec(checkpoint, device, args.vae)
+
+    # The same images, split and grouped in the same way; they may have moved.
+    settings = {name: checkpoint[name] for name in ("image_size", "channels", "held_out")}
+    settings |= {"data": args.data or checkpoint["data"], "cache": getattr(args, "cache", None)}
+    settings["class_groups"] = model.config.num_classes
+    if settings["cache"] and not (Path(settings["cache"]) / "latents.npy").exists():
+        raise UserError(f"--cache {args.cache} has no latents.npy; train.py --cache makes it")
+    training, held_out, fingerprint = open_data(argparse.Namespace(**settings), codec)
+    if fingerprint != checkpoint["fingerprint"]:
+        raise UserError(f"{settings['data']} has not the images that {args.ckpt} was trained on")
+    # Reports and figures need what the checkpoint says of itself, but not its weights.
+    about = {key: checkpoint[key] for key in checkpoint.keys() - {"ema", "model", "optimizer"}}
+    return about, model, codec, training, held_out
+
+
+@dataclass
 class Run:
-    """--ckpt, with the images it was trained on. Raises UserError if those have changed."""
+    """A model, the n held-out images that its samples are compared with, and the report's rows."""
 
-    def __init__(self, args: argparse.Namespace):
-        saved = load_checkpoint(args.ckpt)
-        self.device = pick_device(args.device)
-        self.model = load_model(saved, self.device)
-        self.codec = load_codec(saved["codec"], self.device)
-
-        # The same images, split in the same way; they may have moved.
-        data = args.data or saved["data"]
-        found = load_data(data, saved["image_size"], saved["channels"], saved["held_out"])
-        self.training, self.held_out, fingerprint = found
-        if fingerprint != saved["fingerprint"]:
-            raise UserError(f"--data {data} has not the images that {args.ckpt} was trained on")
-
-        # --class-groups: class k of these belongs to the model's class k K // n.
-        self.n = len(self.training.classes)
-        self.K = self.model.config.num_classes
-        weights = ("ema", "model", "optimizer")
-        self.saved = {key: value for key, value in saved.items() if key not in weights}
-
-    def start_table(self, args: argparse.Namespace) -> None:
-        """Chooses network and held-out images, and makes the first row, in which training images
-        take the place of samples. They give each later row a second FID, by which w is chosen."""
-        small = self.saved["image_size"] < 64
-        args.features = args.features or ("classifier" if small else "inception")
-        if args.features == "classifier":
-            self.network = classifier(self.saved, self.training)
-        else:
-            self.network = inception(args.inception, self.device)
-        self.settings = {name: getattr(args, name) for name in [*SETTINGS, "batch_size"]}
-        self.real, self.y = first(self.held_out, args.num)  # (n, channels, size, size), (n,)
-        self.told = self.y.to(self.device) * self.K // self.n  # the classes as the model knows them
-        self.measured = measure(self.real, self.network, "held-out images")
-        # Not those at the beginning, which the classifier has learned.
-        images, y = first(self.training, len(self.y), start=len(self.training) // 2)
-        self.rows = []
-        self.blocks = [("real", self.real[:10])]
-        self.other = self.add({"what": "training images"}, images, y)
-
-    def add(self, row: dict, images: torch.Tensor, y: torch.Tensor) -> Features:
-        """Measures images of classes y and adds their row. "recognised" is the share that the
-        classifier takes for their class, where the model was told that class."""
-        fake = measure(images, self.network, row["what"])
-        row |= compare(self.measured, fake)
-        if self.K == self.n == fake.logits.shape[1]:
-            row["recognised"] = (fake.logits.argmax(1) == y).double().mean().item()
-        if self.rows:  # all but the training images themselves
-            row["fid_training"] = frechet_distance(*moments(self.other.pool), *moments(fake.pool))
-            self.blocks.append((f"{row['what']}\nw = {row['w']:g}", images[:10]))
-        self.rows.append(row)
-        return fake
+    checkpoint: dict  # what it says of itself, without weights
+    model: FiTv2  # or DoD
+    codec: Codec
+    sampler: Sampler
+    images: torch.Tensor  # held out, uint8 (n, channels, size, size)
+    labels: torch.Tensor  # (n,) their classes, as the model knows them
+    network: Callable  # Inception or the classifier
+    network_hash: str | None  # of the classifier's weights
+    held_out: Features  # of the held-out images
+    training: Features  # of as many training images
+    rows: list[dict] = field(default_factory=list)
 
 
-def sample_rows(args, run: Run, cfg: list[float], prior=None, before=0, gflops=0.0) -> Iterator:
-    """Samples with these guidance scales, of the classes of the held-out images -> for each stage,
-    its row, its images, its latents. evaluations: of v; a guided one runs the network twice.
-    gflops: Table 4's unit, 10^9 multiply-accumulates of linear layers, stages before included:
-    `before` stages of that many `gflops` have drawn the prior."""
-    settings = run.settings | {"first_stage": before}
-    latents, nfe = generate(run.model, run.told, len(cfg), cfg, prior=prior, **settings)
+def start_run(args: argparse.Namespace, needs_lem: bool) -> Run:
+    """Measures held-out images and, for the first row, training images in place of samples.
+    CHOICE: the reference is 1,000 held-out images (--num), and the samples get their classes; the
+    paper compares 50,000 samples of random classes with ImageNet's training images."""
+    sampler = Sampler(args.solver, args.steps, args.guide_on, args.seed)
+    checkpoint, model, codec, data, held_out_data = open_run(args, needs_lem)
+    images, labels, _ = take_images(held_out_data, args.num)
+    # Training images that the classifier has not learned, if there are 20,000 or more.
+    others, other_labels, _ = take_images(data, len(labels), start=len(data) // 2)
 
-    # Outside --interval an evaluation runs the network once, with S.
-    times = torch.arange(1, args.steps + 1) / args.steps
-    low, high = args.interval or (0, 1)
-    outside = ((times < low) | (times > high)).sum().item()  # Euler steps, one evaluation each
-    macs = count_macs(run.model.config)
-    for i, z0 in enumerate(latents):
-        evaluations = nfe[i].double().mean().item()
-        inside = evaluations - outside
-        unconditional = inside if cfg[i] > 1 else 0  # the second branch of guidance
-        with_prior = inside if i or prior is not None else 0
-        macs_of_stage = stage_macs(macs, with_prior, evaluations - with_prior + unconditional)
-        gflops += macs_of_stage / 1e9
-        row = {"what": f"stage {before + i + 1}", "w": cfg[i], "evaluations": evaluations}
-        yield row | {"gflops": gflops}, run.codec.decode(z0).cpu(), z0
+    args.features = args.features or ("classifier" if images.shape[-1] < 64 else "inception")
+    network_hash = None
+    if args.features == "classifier":
+        network, network_hash = classifier(checkpoint, data)
+    else:
+        network = inception(args.inception, model.device)
+    held_out = measure(images, network, "held-out images")
+    training = measure(others, network, "training images")
+    run = Run(
+        checkpoint, model, codec, sampler, images, labels.to(model.device), network, network_hash,
+        held_out, training,
+    )  # fmt: skip
+    add_row(run, {"what": "training images"}, training, other_labels)
+    return run
+
+
+def add_row(run: Run, row: dict, fake: Features, labels: torch.Tensor) -> None:
+    """Adds the row of images with these classes (n,). Choose w by fid_training. recognised is the
+    share that the classifier takes for their class, where the model was told that class."""
+    row |= compare(run.held_out, fake)
+    if "w" in row:
+        training = statistics(run.training.pool)  # mean, covariance
+        row["fid_training"] = frechet_distance(*training, *statistics(fake.pool))
+    if run.network_hash and run.model.config.num_classes == fake.logits.shape[1]:
+        row["recognised"] = (fake.logits.argmax(1) == labels.cpu()).double().mean().item()
+    run.rows.append(row)
+
+
+def draw_stage(
+    args: argparse.Namespace, run: Run, w: float, stage: int = 0,
+    prior: torch.Tensor | None = None, gflops: float = 0.0,
+) -> tuple[dict, torch.Tensor, torch.Tensor, Features]:  # fmt: skip
+    """Draws samples of the run's classes in stage 0, 1, ... and adds their row -> row, images,
+    latents, features. Column evaluations counts those of v; a guided one runs the network twice.
+    gflops, Table 4's unit: 10^9 multiply-accumulates of linear layers, with the `gflops` that the
+    prior took."""
+    sampler = replace(run.sampler, first_stage=stage)  # the noise depends on it
+    settings = (sampler, 0, prior, args.batch_size)
+    (z0,), (nfe,) = generate(run.model, run.labels, 1, [w], *settings)
+    evaluations = nfe.double().mean().item()
+    what = f"stage {stage + 1}" if run.model.config.N else "FiTv2"
+    row = {"what": what, "w": w, "evaluations": evaluations}
+    unconditional = evaluations if w > 1 else 0  # the second branch of guidance
+    counts = (0, evaluations) if prior is None else (evaluations, 0)
+    macs = stage_macs(count_macs(run.model.config), counts[0], counts[1] + unconditional)
+    row["gflops"] = gflops + macs / 1e9
+    images = run.codec.decode(z0).cpu()
+    fake = measure(images, run.network, what)
+    add_row(run, row, fake, run.labels)
+    return row, images, z0, fake
 
 
 def stages(args: argparse.Namespace) -> None:
     """Fig. 4, right: FID of each stage over the guidance scale, and of class guidance alone."""
-    run = Run(args)
-    run.start_table(args)
-    later = (args.stages or (3 if run.model.config.N else 1)) - 1
+    run = start_run(args, needs_lem=(args.stages or 1) > 1)
+    count = args.stages or (3 if run.model.config.N else 1)
 
     # Section 3.3 leaves stage 1 unguided. It is drawn once, as the prior of all later stages.
-    ((first, images, z0_first),) = sample_rows(args, run, [1.0])
-    run.add(first, images, run.y)
-    for w in args.cfg if later else []:
-        prior = z0_first
-        plan = [w] * later
-        for row, images, z0 in sample_rows(args, run, plan, prior, 1, first["gflops"]):
-            fake = run.add(row, images, run.y)
-            row["spread"] = spread_of(run, fake, w, prior)
-            prior = z0  # of the next stage
+    first_row, _, z0_first, _ = draw_stage(args, run, 1.0)
+    other_noise = replace(run.sampler, seed=args.seed + 1)
+    for w in args.cfg if count > 1 else []:
+        row = first_row
+        z0 = z0_first
+        for stage in range(1, count):
+            prior = z0
+            row, _, z0, fake = draw_stage(args, run, w, stage, prior, row.get("gflops"))
+
+            # Its spread: the first 200 priors once more, with other noise.
+            labels = run.labels[:200]
+            (again,), _ = generate(run.model, labels, 1, [w], other_noise, 0, prior[:200])
+            again = measure(run.codec.decode(again).cpu(), run.network, "fresh noise")
+            row["spread"] = spread(fake.pool[:200], again.pool, labels.cpu())
 
     # The baseline that stage 2 has to beat: the same model, guided by the class alone.
-    for w in args.cfg_stage1 if run.K > 1 else []:
-        ((row, images, _),) = sample_rows(args, run, [w])
-        run.add(row, images, run.y)
+    for w in args.cfg_stage1 if run.model.config.num_classes > 1 else []:
+        draw_stage(args, run, w)
     finish(args, run)
-
-
-def spread_of(run: Run, fake: Features, w: float, prior: torch.Tensor) -> float:
-    """The spread of a stage, from its first 200 priors drawn once more, with other noise."""
-    settings = run.settings | {"seed": run.settings["seed"] + 1}
-    samples, _ = generate(run.model, run.told[:200], 1, [w], prior=prior[:200], **settings)
-    again = measure(run.codec.decode(samples[0]).cpu(), run.network, "fresh noise").pool
-    return spread(fake.pool[:200], again, run.told[:200].cpu())
 
 
 def reconstruct(args: argparse.Namespace) -> None:
     """Fig. 4, left, and Tables 2-3: held-out images are the priors of their reconstructions."""
     # CHOICE: the prior is the mean of the VAE's posterior, not a sample.
-    run = Run(args)
-    run.start_table(args)
-    prior = torch.cat([run.codec.encode(x.to(run.device)) for x in run.real.split(64)])
+    run = start_run(args, needs_lem=True)
+    parts = [run.codec.encode(x.to(run.model.device)) for x in run.images.split(64)]
 
     # Sampling starts from noise, so all that PSNR and SSIM find beyond the class came through LEM.
     for w in args.cfg:
-        for row, images, _ in sample_rows(args, run, [w], prior):
-            row["what"] = "reconstruction"  # so its FID is the rFID
-            row["psnr"] = psnr(run.real, images).mean().item()  # averaged over images
-            if images.shape[-1] > 10:  # the window of SSIM has 11 x 11 pixels
-                pairs = zip(run.real.split(64), images.split(64), strict=True)
-                row["ssim"] = torch.cat([ssim(a, b) for a, b in pairs]).mean().item()
-            run.add(row, images, run.y)
+        row, images, _, _ = draw_stage(args, run, w, prior=torch.cat(parts))
+        row["what"] = "reconstruction"  # so its FID is the rFID
+        row |= compare_pairs(run.images, images)
     finish(args, run)
 
 
 def samples(args: argparse.Namespace) -> None:
-    """Table 5: --samples against --ref, each a folder of images or guided-diffusion's .npz."""
-    ref = Path(args.ref)
-    path = Path(args.samples)
+    """Table 5: --samples against --ref. With --paired, image n of --ref is the prior of image n of
+    --samples, as sample.py --prior-data writes them: PSNR and SSIM, and the FID is the rFID."""
+    # Files are looked at before the network. A reference may hold the moments of a whole data set.
+    fake_items, _ = open_images(Path(args.samples))
+    real_items, moments = open_images(Path(args.ref))
+    if not len(fake_items):
+        raise UserError(f"{args.samples} holds moments and no images")
+    sizes = {next(read_images(items)).shape for items in (real_items, fake_items) if len(items)}
+    if len(sizes) > 1:
+        print("warning: the images of --samples and of --ref have different sizes")
+    if args.paired and (len(sizes) > 1 or len(real_items) != len(fake_items)):
+        raise UserError("--paired needs equally many images of one size in --samples and --ref")
+
+    name = Path(args.samples).name
     network = inception(args.inception, pick_device(args.device))
-    fake = measure(read_images(path), network, path.name)
-    row = {"what": path.name}
-
-    # The reference may hold the moments of a whole data set, and images that are a part of it.
-    arrays = {} if ref.is_dir() else np.load(ref)
-    if ref.is_dir() or "arr_0" in arrays:
-        row |= compare(measure(read_images(ref), network, ref.name), fake)
+    fake = measure(read_images(fake_items), network, name)
+    row = {"what": name}
+    if len(real_items):
+        row |= compare(measure(read_images(real_items), network, args.ref), fake)
     else:
-        print(f"{ref} holds moments and no images: FID alone")
-    for key, mu, sigma in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
-        if mu in arrays:
-            features = fake.pool if key == "fid" else fake.spatial
-            row[key] = frechet_distance(arrays[mu], arrays[sigma], *moments(features))
+        print(f"{args.ref} holds moments and no images: FID alone")
+    for key, x, end in (("fid", fake.pool, ""), ("sfid", fake.spatial, "_s")):
+        if "mu" + end in moments:
+            mu = moments["mu" + end]
+            if mu.shape != x.shape[1:]:
+                raise UserError(f"{args.ref}: mu{end} has shape {mu.shape}, not {x.shape[1:]}")
+            row[key] = frechet_distance(mu, moments["sigma" + end], *statistics(x))
+    if args.paired:
+        row |= compare_pairs(read_images(real_items), read_images(fake_items))
 
-    facts = {"features": "inception", "count": len(fake.pool)}
+    facts = {"features": "inception", "count": len(fake_items), "count_ref": len(real_items)}
     about = Path(args.samples.removesuffix(".npz")) / "about.json"  # of a set of sample.py's
     if about.exists():
         facts["samples_about"] = json.loads(about.read_text())
@@ -492,60 +576,94 @@ def samples(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def probe(args: argparse.Namespace) -> None:
     """Table 2, right: linear probes of LEM's latent tokens, top-1 on held-out images. CHOICE: of
-    their mean and of all of them; the paper does not say how it pools them."""
-    run = Run(args)
-    if not run.model.config.N or run.n < 2:
-        raise UserError(f"{args.ckpt} is a plain FiTv2 or knows one class: it has no LEM to probe")
+    their mean and of all of them; the paper does not say how it pools them. Raises UserError
+    without LEM, for images of one class, or if --cache has latents of other images."""
+    checkpoint, model, codec, training, held_out = open_run(args, needs_lem=True)
+    if len(training.original_classes) < 2:
+        raise UserError(f"{args.ckpt} knows images of one class: there is nothing to probe")
 
     def tokens(data):
-        images, y = first(data, args.num)
-        z0 = [run.codec.encode(part.to(run.device)) for part in images.split(64)]
-        return torch.cat([run.model.lem.encode(part) for part in z0]), y  # (n, N, d_e)
+        """-> l_hat (n, N, d_e) of the first --num images, and their original classes (n,)."""
+        n = min(args.num, len(data))
+        l_hat = []
+        for numbers in in_batches(range(n)):  # all at once need not fit into memory
+            x = torch.stack([data[i, False][0] for i in numbers])  # images, or cached moments
+            z0 = to_latents(x.to(model.device), None, codec)  # the mean of the posterior
+            l_hat.append(model.lem.encode(z0).cpu())  # Eq. 6
+        return torch.cat(l_hat), data.original_labels[:n]  # classes, also of an unconditional model
 
     # Fitted to training images, judged by held-out ones.
-    l_hat, y = tokens(run.training)
-    l_hat_test, y_test = tokens(run.held_out)
+    l_hat, y = tokens(training)
+    l_hat_test, y_test = tokens(held_out)
     mean = linear_probe(l_hat.mean(1), y, l_hat_test.mean(1), y_test)
     all_tokens = linear_probe(l_hat.flatten(1), y, l_hat_test.flatten(1), y_test)
     rows = [{"what": "mean of N tokens", "top1": mean}, {"what": "all tokens", "top1": all_tokens}]
-    report(args, rows, {"count": len(y_test), "checkpoint": run.saved})
+    facts = {"features": "latent tokens", "count_training": len(y), "count": len(y_test)}
+    report(args, rows, facts | {"checkpoint": checkpoint})
 
 
-def cost(args: argparse.Namespace) -> None:
-    """Fig. 2, left: FID over training images (or --over another axis), from reports of `stages`.
-    Each run counts at its best w by FID against training images; seeds are averaged."""
-    reports = []
-    for path in args.reports:
+# ----------------------------------------------------------------------------- curves and reports
+
+# What the FID of a method depends on, in words; the first five may be the x-axis of `curves`.
+SETTINGS = {
+    "images": "images seen in training", "classes": "classes", "N": "latent tokens",
+    "steps": "Euler steps", "w": "guidance scale w", "prior_from": "prior from", "p_s": "p_s",
+    "lr": "learning rate", "lem_lr_factor": "LEM's rate factor", "interval": "interval",
+    "depth": "depth", "d": "width",
+}  # fmt: skip
+
+
+def read_report(path: str) -> dict:
+    """A report of `stages`, old or new, with the facts of its checkpoint. Raises UserError."""
+    try:
         found = json.loads(Path(path).read_text())
-        if found.get("command") != "stages":
-            raise UserError(f"{path} is not a report of `evaluate.py stages`")
         found |= found["checkpoint"] | found["checkpoint"]["config"]
-        found["images"] = found["step"] * found["batch_size"]  # seen in training
-        found["classes"] = found["num_classes"]  # those that the model knows, in place of names
-        reports.append(found)
+    except (ValueError, KeyError, TypeError):
+        found = {}
+    if found.get("command") != "stages":
+        raise UserError(f"{path} is not a report of `evaluate.py stages`")
+    found["images"] = found["step"] * found["batch_size"]  # seen in training
+    found["classes"] = found["num_classes"]  # those that the model knows, in place of names
+    return {"lem_lr_factor": 1.0, "network_hash": None, "interval": None} | found  # may be missing
 
-    # FIDs by another classifier, or of another number of images, do not belong into one figure.
-    facts = ["features", "count", "solver", "fingerprint", "image_size", "channels", "held_out"]
-    differ = [key for key in facts if any(x.get(key) != reports[0].get(key) for x in reports)]
+
+def curve_name(row: dict, found: dict, scan: list[dict]) -> str:
+    """What a row of a report shows, in words: the method, its stage, and what guides it, if any of
+    the rows of its curve is guided."""
+    method = f"DoD {row['what']}" if found["N"] else "FiTv2"
+    if max(other["w"] for other in scan if other["what"] == row["what"]) == 1:
+        return f"{method}, unguided"
+    guides = {"both": "class and prior", "prior": "prior"}[found["guide_on"]]
+    return f"{method}, guided by {'class' if method in ('FiTv2', 'DoD stage 1') else guides}"
+
+
+def curves(args: argparse.Namespace) -> None:
+    """Fig. 2, left: FID over training images (or --over another axis), from reports of `stages`.
+    CHOICE: each run counts at its best w by FID against training images; seeds are averaged.
+    Raises UserError for other files, and for reports that cannot be compared."""
+    reports = [read_report(path) for path in args.reports]
+    facts = "features network_hash count solver fingerprint image_size channels held_out".split()
+    differ = [key for key in facts if any(found[key] != reports[0][key] for found in reports)]
     if differ:
-        raise UserError(f"the reports differ in {', '.join(differ)}: they make no common figure")
+        raise UserError(f"the reports differ in {', '.join(differ)}: they cannot be compared")
 
-    # A curve for each method, each setting of it, and what guides it: in stage 1 the class alone.
+    # A curve for each method, for what guides it, and for each setting of it.
     scans = {}  # (curve, x) -> seed -> [(FID against training images, FID, w)]
     for found in reports:
-        method = "DoD" if found["N"] else "FiTv2"
         alike = [other for other in reports if (other["N"] > 0) == (found["N"] > 0)]
         setting = ""
-        for key in SETTING:
-            if key != args.over and any(other.get(key) != found.get(key) for other in alike):
-                setting += f", {key} {found.get(key)}"
+        for key, words in SETTINGS.items():
+            if key not in (args.over, "w") and any(other[key] != found[key] for other in alike):
+                setting += f"; {words} {found[key]}"
+        everything = [row for other in alike for row in other["rows"][1:]]
         for row in found["rows"][1:]:  # after the training images
-            guide = "class" if row["what"] == "stage 1" else found["guide_on"]
-            guided = f", guided by {guide}" * (row["w"] > 1)
-            point = (f"{method} {row['what']}{guided}{setting}", (found | row)[args.over])
+            # Over w, a curve has guided rows and begins with the unguided w = 1.
+            name = curve_name(row, found, everything if args.over == "w" else [row]) + setting
+            point = (name, (found | row)[args.over])
             scan = scans.setdefault(point, {}).setdefault(found["seed"], [])
             scan.append((row["fid_training"], row["fid"], row["w"]))
 
+    # A point of a curve is the mean over seeds, each at its best w.
     rows = []
     for (name, x), seeds in sorted(scans.items()):
         best = np.array([min(scan) for scan in seeds.values()])  # (seeds, 3)
@@ -553,7 +671,43 @@ def cost(args: argparse.Namespace) -> None:
         row["fid_std"] = best[:, 1].std(ddof=min(1, len(best) - 1))
         rows.append(row | {"seeds": len(best)})
     draw_curves(args.out.with_suffix(".png"), rows, args.over, reports[0]["rows"][0]["fid"])
-    report(args, rows, {})
+    report(args, rows, {key: reports[0][key] for key in facts})
+
+
+def draw_curves(out: Path, rows: list[dict], over: str, floor: float) -> None:
+    """Draws FID over another column of the rows, a curve for each name in their column `what`, with
+    error bars where there is a column fid_std; floor: FID of training images, a dotted line."""
+    import matplotlib.figure
+
+    # One thing has one colour and one kind of line in all figures; markers tell settings apart.
+    colours = {"FiTv2": "C1", "DoD stage 1": "C7", "DoD stage 2": "C0", "DoD stage 3": "C2"}
+    lines = {"unguided": "--", "guided by prior": "-."}
+    matplotlib.rcParams["font.size"] = 14  # readable at half the width of a page
+    axes = matplotlib.figure.Figure(figsize=(7, 7), layout="constrained").subplots()
+    drawn = []
+    for name in dict.fromkeys(row["what"] for row in rows):
+        thing = name.partition(";")[0]
+        method, _, guide = thing.partition(", ")
+        style = {"color": colours.get(method, "C4"), "linestyle": lines.get(guide, "-")}
+        points = [row for row in rows if row["what"] == name]
+        points = sorted((row[over], row["fid"], row.get("fid_std", 0)) for row in points)
+        if len(points) == 1:  # a lone dot would be overlooked
+            axes.axhline(points[0][1], label=f"{name} ({over} = {points[0][0]:,g})", **style)
+        else:
+            style["marker"] = "osD^vP*X"[drawn.count(thing) % 8]
+            axes.errorbar(*zip(*points, strict=True), capsize=3, label=name, **style)
+            drawn.append(thing)
+    axes.axhline(floor, color="black", linestyle=":", label="training images, not samples")
+    axes.set(xscale="log", yscale="log", xlabel=SETTINGS[over], ylabel="FID to held-out images")
+    # Both axes are logarithmic, with plain numbers at their ticks.
+    ticks = sorted({row[over] for row in rows})
+    axes.set_xticks(ticks, [f"{tick:,.9g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")  # 10, not 10^1
+    axes.figure.legend(loc="outside lower center")
+    with replacing(out) as temporary:
+        axes.figure.savefig(temporary, dpi=120)
 
 
 def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
@@ -565,9 +719,13 @@ def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
         print(f"{row['what']:60}" + "".join(cells))
 
     # The report: enough to say, a year later, how each number came about.
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is missing
+        commit = ""
+    facts["commit"] = commit or "unknown"
     facts["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     found = vars(args) | facts | {"rows": rows}
     found.pop("function")
     with replacing(args.out) as temporary:
@@ -576,30 +734,12 @@ def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
 
 
 def finish(args: argparse.Namespace, run: Run) -> None:
-    """What `stages` and `reconstruct` leave: the curves, some images, the report."""
-    draw_curves(args.out.with_suffix(".png"), run.rows[1:], "w", run.rows[0]["fid"])
-    names = [run.training.classes[k] for k in run.y[:10]]
-    draw_grid(args.out.with_suffix(".images.png"), run.blocks, names)
-    report(args, run.rows, {"count": len(run.y), "checkpoint": run.saved})
-
-
-def draw_curves(out: Path, rows: list[dict], over: str, floor: float) -> None:
-    """Draws FID over another column of the rows, a curve for each `what`; the floor is dotted."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(7, 5), layout="constrained").subplots()
-    for name in dict.fromkeys(row["what"] for row in rows):
-        points = [row for row in rows if row["what"] == name]
-        points = sorted((row[over], row["fid"], row.get("fid_std", 0)) for row in points)
-        axes.errorbar(*zip(*points, strict=True), marker="o", capsize=3, label=name)
-    axes.axhline(floor, color="black", linestyle=":", label="real images")
-    axes.set(xscale="log", yscale="log", xlabel=over, ylabel="FID")
-    ticks = sorted({row[over] for row in rows})
-    axes.set_xticks(ticks, [f"{tick:,.9g}" for tick in ticks])
-    axes.yaxis.set_major_formatter("{x:g}")  # 10, not 10^1
-    axes.figure.legend(loc="outside lower center")
-    with replacing(out) as temporary:
-        axes.figure.savefig(temporary, dpi=120)
+    """What `stages` and `reconstruct` leave: the curves over w and the report."""
+    found = vars(args) | run.checkpoint["config"]  # N, guide_on
+    rows = [row | {"what": curve_name(row, found, run.rows[1:])} for row in run.rows[1:]]
+    draw_curves(args.out.with_suffix(".png"), rows, "w", run.rows[0]["fid"])
+    facts = {"count": len(run.images), "network_hash": run.network_hash}
+    report(args, run.rows, facts | {"checkpoint": run.checkpoint})
 
 
 # ------------------------------------------------------------------------------------------ command
@@ -607,30 +747,30 @@ def draw_curves(out: Path, rows: list[dict], over: str, floor: float) -> None:
 
 def scales(text: str) -> list[float]:
     """An argparse type: guidance scales, each at least 1, with commas between them; or none."""
-    return [] if text == "none" else [at_least(float, 1)(word) for word in text.split(",")]
+    return [] if text == "none" else [bounded(float, 1)(word) for word in text.split(",")]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags: a subparser for each command, which is the function of that name."""
     parser = Parser()
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    natural = at_least(int, 1)
-    for function in (stages, reconstruct, samples, probe, cost):
-        summary = function.__doc__.splitlines()[0]
-        command = commands.add_parser(function.__name__, help=summary)
+    natural = bounded(int, 1)
+    for function in (stages, reconstruct, samples, probe, curves):
+        command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
         command.set_defaults(function=function)
         add = command.add_argument
         add("--out", help="JSON report; default: out/COMMAND.json, which is replaced")
-        if function == cost:
+        if function == curves:
             add("reports", nargs="+", help="reports of `stages`, of any runs and steps")
-            add("--over", choices=[*SETTING[:4], "w"], default="images", help="the x-axis")
+            add("--over", choices=list(SETTINGS)[:5], default="images", help="the x-axis")
         if function in (stages, reconstruct, probe):
             add("--ckpt", default="out/letters/ckpt.pt", help="checkpoint of train.py")
             add("--data", help="where its training images are now; default: where they were")
         if function in (stages, reconstruct):
             add("--features", choices=["inception", "classifier"], help="default: by image size")
-            add("--num", type=at_least(int, 4), default=1000, help="images, at most those held out")
+            add("--num", type=bounded(int, 4), default=1000, help="images, at most those held out")
             add("--cfg", type=scales, default="1,1.5,2,3.5,5.5", help="guidance with a prior")
+            # CHOICE: Euler's method, which costs the same for any w; section 3.3 samples by RK45.
             add("--solver", choices=["euler", "dopri5"], default="euler", help="Euler or RK45")
             add("--steps", type=natural, default=20, help="Euler steps in each stage")
             add("--batch-size", type=natural, default=64, help="images at a time")
@@ -639,10 +779,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--stages", type=natural, help="default: 3, without LEM 1")
             add("--cfg-stage1", type=scales, default="1.5,2,3,4", help="class guidance, or none")
         if function == probe:
-            add("--num", type=at_least(int, 4), default=10_000, help="images of each set")
+            add("--num", type=bounded(int, 4), default=10_000, help="images of each set")
+            add("--cache", help="folder of the run's latents; default: images are encoded")
+            add("--vae", help="where the checkpoint's VAE is now, if it has moved")
         if function == samples:
             add("--ref", required=True, help="folder of images or .npz")
             add("--samples", required=True, help="folder of images or .npz")
+            add("--paired", action="store_true", help="image n of --ref is image n's prior")
         if function in (stages, reconstruct, samples):
             add("--inception", help="file of Inception's weights; default: downloaded")
         if function in (samples, probe):
@@ -651,14 +794,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Settles where the report goes, before any work is done, and runs the command."""
+    """Makes sure that the report can be written, before any work is done, and runs the command."""
     args = parse(sys.argv[1:])
-    if processes()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         raise UserError("evaluate.py runs in one process: start it without torchrun")
-    if args.out:
+    if args.out:  # what the user names is never replaced
         refuse_existing(args.out, ".json")
         refuse_existing(args.out.removesuffix("json") + "png")
     args.out = Path(args.out or f"out/{args.command}.json")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out.parent).close()  # raises OSError if it cannot be written to
     args.function(args)
 
 

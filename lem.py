@@ -6,12 +6,10 @@ reads all patches of a latent z_0 and writes what matters into N short vectors; 
 those vectors into one condition vector for each patch, which the backbone (model.py) adds to its
 class and time embeddings.
 
-    z_0 (B, C, H, W) --encode, Eq. 6--> L_hat (B, N, d_e) --decode, Eq. 7--> e_s (B, T, d_l)
+    z_0 (B, C, H, W) --encode, Eq. 6--> L_hat (B, N, d_e) --decode, Eq. 7--> (B, T, d_l)
 
 Both halves are plain vision transformers (Dosovitskiy et al., 2020). There is no reconstruction
-loss: only the gradient of the rectified-flow loss, through e_s, teaches LEM what is worth keeping.
-The two classes at the end of the file take its place for comparison: `Patches` compresses nothing,
-`Means` compresses without learning.
+loss: only the gradient of the rectified-flow loss (flow.py) teaches LEM what is worth keeping.
 
 Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens (in Eq. 4 the paper
 uses T for the number of sampling steps, our `steps`), d_l width of LEM, N latent tokens of d_e
@@ -25,33 +23,48 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def sincos_2d(dim: int, rows: int, columns: int) -> torch.Tensor:
-    """PE of Eqs. 6-7: fixed 2-D sine-cosine position embedding -> (rows * columns, dim), row-major.
-
-    The first half of the channels encodes the row, the second half the column, each of them as
-    [sin(w_k i), cos(w_k i)] with w_k = 10000^(-4k / dim), k = 0 .. dim/4 - 1.
-    `dim` must be a multiple of 4.
-    """
-    w = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-
-    # The column changes fastest, as in patchify: token k lies at (k // columns, k % columns).
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    row_angle = row.reshape(-1, 1) * w  # (rows * columns, dim / 4)
-    column_angle = column.reshape(-1, 1) * w
-    parts = [row_angle.sin(), row_angle.cos(), column_angle.sin(), column_angle.cos()]
-    return torch.cat(parts, dim=1).float()
-
-
 def patchify(x: torch.Tensor, p: int) -> torch.Tensor:
-    """Cuts (B, C, H, W) into T = (H/p)(W/p) patches, row by row -> (B, T, p * p * C)."""
+    """Cuts latents (B, C, H, W) into T = (H/p)(W/p) patches, row by row -> (B, T, p * p * C)."""
     B, C, H, W = x.shape
     x = x.reshape(B, C, H // p, p, W // p, p)
     x = x.permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, C)
     return x.reshape(B, (H // p) * (W // p), p * p * C)
 
 
+def unpatchify(x: torch.Tensor, p: int) -> torch.Tensor:
+    """The inverse of patchify for square latents: (B, T, p * p * C) -> (B, C, H, W), H = W."""
+    side = round(x.shape[1] ** 0.5)  # H/p = W/p
+    x = x.unflatten(-1, (p, p, -1)).unflatten(1, (side, side))  # (B, H/p, W/p, p, p, C)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, H/p, p, W/p, p)
+    return x.flatten(4, 5).flatten(2, 3)
+
+
+def angles_2d(rows: int, columns: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The angles of RoPE and PE, position / 10000^(k/n) for k = 0 .. n-1: by row, and by column.
+
+    -> two tensors (rows * columns, n), float64, in patchify's order. Sine-cosine embeddings
+    (Vaswani et al., 2017) and rotary ones (Su et al., 2024; model.py) share these angles.
+    """
+    frequencies = 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return row.reshape(-1, 1) * frequencies, column.reshape(-1, 1) * frequencies
+
+
+def sincos_2d(dim: int, rows: int, columns: int) -> torch.Tensor:
+    """PE of Eqs. 6-7, the fixed 2-D sine-cosine position embedding -> (rows * columns, dim).
+
+    CHOICE: the first half of the channels encodes the row, the second half the column; in MAE's and
+    DiT's code the column comes first. `dim` must be a multiple of 4.
+    """
+    row, column = angles_2d(rows, columns, dim // 4)
+    return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1).float()
+
+
 class ViTBlock(nn.Module):
-    """Pre-norm block of the original ViT: self-attention, then a GELU MLP four times as wide."""
+    """Pre-norm block of the original ViT: self-attention, then a GELU MLP four times as wide.
+
+    CHOICE: epsilon is 1e-6 and there is no dropout; the paper says "standard vision transformers".
+    """
 
     def __init__(self, d_l: int, heads: int):
         super().__init__()
@@ -73,12 +86,13 @@ class ViTBlock(nn.Module):
 
 
 class LEM(nn.Module):
-    """Latent Embedding Module: compresses z_0 into N x d_e numbers and unfolds them into e_s.
+    """Latent Embedding Module: compresses z_0 into N x d_e numbers and unfolds them again.
 
     Eq. 6:  L_hat = Enc((e_p + PE) ⊕ L)        e_p: embedded patches of z_0, L: N learned tokens
     Eq. 7:  e_s   = Dec((M + PE) ⊕ L_hat)      M: one learned mask token, repeated for every patch
 
     The defaults are those of DoD-B (Table 1; for N and d_e see sections 4.2 and 3.3).
+    latent_size is H = W, a multiple of p; d_l and d_e are multiples of 4, d_l also of heads.
     """
 
     def __init__(
@@ -102,8 +116,7 @@ class LEM(nn.Module):
         self.patch_embed = nn.Linear(p * p * latent_channels, d_l)
         self.latent_tokens = nn.Parameter(torch.randn(N, d_l) * 0.02)  # L
         self.encoder = nn.Sequential(*[ViTBlock(d_l, heads) for _ in range(encoder_depth)])
-        # CHOICE: a LayerNorm ends the encoder and another one the decoder, as in ViT; the paper
-        # shows neither.
+        # CHOICE: a LayerNorm ends encoder and decoder, as in ViT; the paper shows neither.
         self.encoder_norm = nn.LayerNorm(d_l, eps=1e-6)
         self.to_d_e = nn.Linear(d_l, d_e)
 
@@ -151,37 +164,36 @@ class LEM(nn.Module):
 class Patches(nn.Module):
     """What LEM replaces: "directly using the generated latents as conditions" (section 1).
 
-    Every patch reaches the backbone whole, through a single linear layer. The model then learns to
-    copy its prior, so stage 2 only repeats stage 1:
-    `python train.py --prior-from patches --out out/patches`.
+    Every patch reaches the backbone whole, so the model learns to copy its prior, and stage 2 only
+    repeats stage 1 (`train.py --prior-from patches`). As with LEM, the output has width d_l and the
+    backbone's MLP follows. latent_channels is C, p the side of a patch.
     """
 
-    def __init__(self, latent_channels: int, p: int, d: int):
+    def __init__(self, latent_channels: int, p: int, d_l: int):
         super().__init__()
         self.p = p
-        self.embed = nn.Linear(p * p * latent_channels, d)
+        self.embed = nn.Linear(p * p * latent_channels, d_l)
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, H, W) -> their patches (B, T, p * p * C): nothing is left out."""
         return patchify(z, self.p)
 
     def decode(self, l_hat: torch.Tensor) -> torch.Tensor:
-        """What `encode` returned -> (B, T, d), of the backbone's width."""
+        """What `encode` returned -> (B, T, d_l)."""
         return self.embed(l_hat)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, H, W) -> (B, T, d)."""
+        """Latents (B, C, H, W) -> (B, T, d_l)."""
         return self.decode(self.encode(z))
 
 
 class Means(Patches):
-    """A bottleneck that learns nothing: each patch's mean, that is, the latent shrunk by p.
-
-    It passes T * C numbers. Must a bottleneck be learned at all? `--prior-from means` asks that.
+    """A bottleneck that learns nothing: the mean of each patch, that is, the latent shrunk by p.
+    It passes T * C numbers. `--prior-from means` asks whether a bottleneck must be learned at all.
     """
 
-    def __init__(self, latent_channels: int, p: int, d: int):
-        super().__init__(latent_channels, 1, d)  # to the linear layer, a mean is a 1 x 1 patch
+    def __init__(self, latent_channels: int, p: int, d_l: int):
+        super().__init__(latent_channels, 1, d_l)  # to the linear layer, a mean is a 1 x 1 patch
         self.p = p
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
@@ -190,7 +202,7 @@ class Means(Patches):
 
 
 def main() -> None:
-    """Follows one DoD-B latent through the bottleneck."""
+    """Follows one latent of DoD-B through the bottleneck and prints the shapes."""
     lem = LEM()
     z = torch.randn(1, 4, 32, 32)
     with torch.no_grad():

@@ -1,16 +1,15 @@
-"""model.py -- the FiTv2 backbone and DoD around it. Section 3.2, appendix A.1, Eqs. 5 and 8-10.
+"""model.py -- the FiTv2 backbone, and DoD, which adds a visual prior. Section 3.2, Eqs. 5, 8-10.
 
-The backbone is a diffusion transformer (DiT) with 2-D rotary positions, normalised queries and
-keys, a SwiGLU feed-forward network and AdaLN-LoRA modulation. It maps a noisy latent x_t, its time
-t and its class y to the velocity v = x_1 - x_0 of the rectified flow (flow.py). All that DoD adds
-is one more summand in the condition c: the visual prior e_s, one vector for each token, or in its
-place the learned sample token S.
+FiTv2 (appendix A.1) is a diffusion transformer (DiT) with 2-D rotary positions, normalised queries
+and keys, a SwiGLU feed-forward network and AdaLN-LoRA modulation. It maps a noisy latent x_t, its
+time t (0 is data, 1 is noise) and its class y to the velocity v = x_1 - x_0 of flow.py. All that
+DoD adds is one more summand in the condition c: the visual prior e_s of an earlier image, one
+vector for each token, or in its place the learned sample token S. See `class DoD`.
 
-Time runs from data to noise: t = 0 is data, t = 1 is noise.
 Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens (not Eq. 4's number
-of steps), d width, r LoRA rank, K classes (index K is the null class of guidance).
+of steps), d width, r LoRA rank, K classes (index K is the null class; for K = 1 see null_class).
 
-    python model.py      # Table 1, Table 4's compute column (ours and the paper's), our budget
+    python model.py      # Table 1, Table 4's compute column, and the budget of training
 """
 
 import math
@@ -19,50 +18,46 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lem import LEM, Means, Patches, patchify
+from lem import LEM, Means, Patches, angles_2d, patchify, unpatchify
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Says what was got, what is allowed, what to do."""
+    """An error that the user can fix. It says what was given, what is allowed and what to do."""
 
 
-# --------------------------------------------------------------------------------- the leaves: A.1
-
-
-def rope_2d(head_dim: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """2-D RoPE tables (appendix A.1) -> cos, sin, each (side * side, head_dim / 2).
-
+def rope_2d(head_dim: int, side: int) -> tuple[Tensor, Tensor]:
+    """2-D RoPE tables (appendix A.1; Su et al., 2024) -> cos, sin, each (side * side, head_dim/2).
     The first half of a head's channel pairs turns with the token's row, the second half with its
-    column, at the frequencies 10000^(-2k / (head_dim / 2)).
-    """
-    quarter = head_dim // 4
-    w = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angle = torch.cat([row.reshape(-1, 1) * w, column.reshape(-1, 1) * w], dim=1)
+    column. CHOICE: FiTv2's base of 10000."""
+    angle = torch.cat(angles_2d(side, side, head_dim // 4), dim=1)
     return angle.cos().float(), angle.sin().float()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each channel pair (x_2k, x_2k+1) of (..., T, head_dim) by its token's angle."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (..., T, head_dim / 2)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
-def layer_norm(x: torch.Tensor) -> torch.Tensor:
+def layer_norm(x: Tensor) -> Tensor:
     """LayerNorm over the last dimension, without a learned scale or shift."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """AdaLN: x (B, T, d); shift and scale (B, 1, d), one for each image, or (B, T, d)."""
-    return layer_norm(x) * (1 + scale) + shift
+def adaln(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN, LN(x) (1 + scale) + shift: x (B, T, d); shift, scale (B, 1, d) or (B, T, d).
+    The sum 1 + scale is computed in fp32, for bf16 would round away a scale below 0.004."""
+    normed = layer_norm(x)  # in fp32, under autocast too
+    return normed * (1 + scale.to(normed.dtype)) + shift
 
 
 class Attention(nn.Module):
     """Eq. 9: Softmax(1/sqrt(d_k) LN(Q) LN(K)^T) V in each head, with 2-D RoPE after the LayerNorms.
 
+    LN(Q) and LN(K) have fixed lengths, so no logit can grow without bound and spoil a softmax.
     DEVIATION: the paper prints 1/d_k; FiTv2's scale, like every transformer's, is 1/sqrt(d_k).
     CHOICE: LN(Q) and LN(K) have no learned scale or shift, and RoPE comes after them, as in FiTv2.
     """
@@ -73,7 +68,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d, 3 * d)
         self.proj = nn.Linear(d, d)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, d_k)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d_k)
@@ -87,12 +82,10 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Eq. 8: FFN(x) = (SiLU(x W_1) ⊗ (x W_2)) W_3, with matrices of its own (Eq. 10 has others).
+    """Eq. 8: FFN(x) = (SiLU(x W_1) ⊗ (x W_2)) W_3. These W_1 and W_2 are not those of Eq. 10.
 
-    CHOICE: the hidden width, which the paper leaves open, is 8d/3: the three matrices then hold as
-    many parameters as the usual two of width 4d (Shazeer, 2020).
-    DEVIATION: we add biases, as FiTv2 does; Eq. 8 prints none.
-    """
+    CHOICE: the hidden width is 8d/3, so that the three matrices hold as many parameters as the
+    usual two of width 4d (Shazeer, 2020). DEVIATION: Eq. 8 prints no biases; FiTv2 has them."""
 
     def __init__(self, d: int):
         super().__init__()
@@ -101,26 +94,24 @@ class SwiGLU(nn.Module):
         self.W_2 = nn.Linear(d, hidden)
         self.W_3 = nn.Linear(hidden, d)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         return self.W_3(F.silu(self.W_1(x)) * self.W_2(x))
 
 
 class TimeEmbedding(nn.Module):
-    """e_t: times t in [0, 1] (B,) -> (B, 1, d). 128 cosines, 128 sines, Linear, SiLU, Linear."""
+    """e_t: 128 cosines and 128 sines of the time, then Linear, SiLU, Linear, as in DiT."""
 
     def __init__(self, d: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: Tensor) -> Tensor:
+        """Times t (B,) in [0, 1] -> (B, 1, d)."""
         # CHOICE: t enters as it is, in [0, 1], not scaled to DDPM's 0 .. 1000 (SiT does the same).
-        w = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
-        angle = t[:, None] * w.to(t)  # (B, 128)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        angle = t[:, None] * frequencies.to(t)  # (B, 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))[:, None]
-
-
-# ------------------------------------------------------------------------------- blocks and config
 
 
 @dataclass(frozen=True)
@@ -141,15 +132,14 @@ class Config:
     latent_size: int = 32  # H = W; 32 for ImageNet-256 behind Stable Diffusion's VAE
     latent_channels: int = 4  # C; 4 for that VAE
     num_classes: int = 1000  # K
-    cfg: float = 5.5  # default guidance scale of stages with a prior, section 4.2 and Table 5
+    w: float = 5.5  # default guidance scale of stages with a prior, section 4.2 and Table 5
     prior_from: str = "lem"  # or "patches", "means": what lem.py compares LEM with
 
     def __post_init__(self):
         if self.latent_size % self.p:
             sizes = f"latent size {self.latent_size} is not a multiple of patch size {self.p}"
             raise UserError(f"{sizes}; change --image-size or --patch-size")
-        # 2-D RoPE takes a head's channels in fours: a pair for the row, a pair for the column. The
-        # 2-D PE takes a token's channels in fours: sine and cosine of the row and of the column.
+        # RoPE and PE need channels in fours: two for the row, two for the column.
         if self.d % (4 * self.heads) or (self.N and self.d_e % 4):
             sizes = f"d is {self.d} with {self.heads} heads, d_e is {self.d_e}"
             raise UserError(f"{sizes}; d / heads and d_e must be multiples of 4")
@@ -164,19 +154,18 @@ CONFIGS: dict[str, Config] = {
     # Table 1.
     "DoD-S": Config(depth=12, d=384, heads=6, r=96, d_l=384, lem_heads=6),
     "DoD-B": Config(depth=12, d=768, heads=12, r=192),
-    "DoD-XL": Config(depth=28, d=1152, heads=16, r=288, cfg=3.5),  # with DoD-B's LEM
+    "DoD-XL": Config(depth=28, d=1152, heads=16, r=288, w=3.5),  # with DoD-B's LEM
     # The baselines of Tables 4 and 5: no visual prior, deeper.
     "FiTv2-B": Config(depth=15, d=768, heads=12, r=192, N=0),
     "FiTv2-XL": Config(depth=36, d=1152, heads=16, r=288, N=0),
-    # CHOICE: not in the paper. The same geometry in miniature: T = 16 tokens instead of 256;
-    # d_e = p * p * C and N = T / 8, as in DoD-B.
+    # CHOICE: not in the paper. DoD-B's geometry in miniature: T = 16, d_e = p * p * C, N = T / 8.
     "DoD-Ti": Config(
         depth=4, d=128, heads=4, r=32, encoder_depth=2, decoder_depth=1, d_l=128, lem_heads=4,
-        N=2, d_e=16, p=4, latent_size=16, latent_channels=1, num_classes=10, cfg=2,
+        N=2, d_e=16, p=4, latent_size=16, latent_channels=1, num_classes=10, w=2,
     ),
     "FiTv2-Ti": Config(
         depth=5, d=128, heads=4, r=32, N=0, p=4, latent_size=16, latent_channels=1,
-        num_classes=10, cfg=2,
+        num_classes=10, w=2,
     ),
 }  # fmt: skip
 
@@ -186,10 +175,9 @@ class Block(nn.Module):
 
     Eq. 10:  S^i = W^g c + W_2^i W_1^i c = [beta_1, beta_2, gamma_1, gamma_2, alpha_1, alpha_2]
 
-    Here c is all of Eq. 5's condition; Eq. 10 prints FiTv2's, class and time only (c + t). Nor is
-    S^i the sample token S of Eq. 5, and W_1, W_2 are not SwiGLU's: the paper uses these letters
-    twice. W^g is shared by all blocks, and W^g c arrives as `global_S`; each block adds its own
-    low-rank part. beta shifts, gamma scales, alpha gates.
+    beta shifts, gamma scales, alpha gates: with alpha = 0 a block is the identity. All blocks share
+    W^g, and W^g c arrives as `modulation`; each adds a low-rank part of its own. c is Eq. 5's. S^i
+    is not the sample token S, for the paper uses the letter twice.
     DEVIATION: Eq. 10 omits the SiLU on c (and, as the paper says itself, the biases).
     """
 
@@ -200,43 +188,42 @@ class Block(nn.Module):
         self.W_1 = nn.Linear(config.d, config.r)
         self.W_2 = nn.Linear(config.r, 6 * config.d)
 
-    def forward(self, x, silu_c, global_S, cos, sin):
-        """x (B, T, d); silu_c (B, 1 or T, d); global_S (B, 1 or T, 6d) -> (B, T, d)."""
-        S_i = global_S + self.W_2(self.W_1(silu_c))
-        beta_1, beta_2, gamma_1, gamma_2, alpha_1, alpha_2 = S_i.chunk(6, dim=-1)
-        x = x + alpha_1 * self.attention(modulate(x, beta_1, gamma_1), cos, sin)
-        return x + alpha_2 * self.ffn(modulate(x, beta_2, gamma_2))
+    def forward(
+        self, x: Tensor, silu_c: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """x (B, T, d); silu_c (B, 1 or T, d); modulation (B, 1 or T, 6d) -> (B, T, d)."""
+        modulation = modulation + self.W_2(self.W_1(silu_c))  # S^i of Eq. 10
+        beta_1, beta_2, gamma_1, gamma_2, alpha_1, alpha_2 = modulation.chunk(6, dim=-1)
+        x = x + alpha_1 * self.attention(adaln(x, beta_1, gamma_1), cos, sin)
+        return x + alpha_2 * self.ffn(adaln(x, beta_2, gamma_2))
 
 
 class FinalLayer(nn.Module):
-    """Last AdaLN, then each token -> its patch of the velocity: (B, T, d) -> (B, T, p * p * C).
-
-    CHOICE: this AdaLN has full rank, like DiT's; the paper describes those of the blocks only.
-    """
+    """The last AdaLN, then one linear layer from each token to its patch of the velocity.
+    CHOICE: this AdaLN has full rank, like DiT's; the paper describes those of the blocks only."""
 
     def __init__(self, d: int, out: int):
         super().__init__()
         self.adaln = nn.Linear(d, 2 * d)
         self.linear = nn.Linear(d, out)
 
-    def forward(self, x: torch.Tensor, silu_c: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, silu_c: Tensor) -> Tensor:
+        """x (B, T, d); silu_c (B, 1 or T, d) -> (B, T, p * p * C)."""
         shift, scale = self.adaln(silu_c).chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(adaln(x, shift, scale))
 
 
-# ------------------------------------------------------------------------------- the model: Eq. 5
+# --------------------------------------------------------------------------- the backbone: FiTv2
 
 
-class DoD(nn.Module):
-    """The backbone F of Eq. 4, the condition c of Eq. 5 and LEM. With config.N = 0: plain FiTv2."""
+class FiTv2(nn.Module):
+    """The backbone F of Eq. 4, a diffusion transformer with the condition c = e_c + e_t."""
 
     def __init__(self, config: Config):
         super().__init__()
         d = config.d
         patch = config.p**2 * config.latent_channels
         self.config = config
-
-        # The backbone.
         self.patch_embed = nn.Linear(patch, d)
         self.time = TimeEmbedding(d)
         self.label = nn.Embedding(config.num_classes + 1, d)  # the last row is the null class
@@ -247,65 +234,25 @@ class DoD(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-        # What DoD adds: the sample token S, LEM, and the layers that carry e_s into the backbone.
-        if config.N:
-            self.S = nn.Parameter(torch.randn(1, 1, d) * 0.02)
-        if config.N and config.prior_from != "lem":
-            bottleneck = {"patches": Patches, "means": Means}[config.prior_from]
-            self.lem = bottleneck(config.latent_channels, config.p, config.d_l)
-        elif config.N:
-            self.lem = LEM(
-                config.latent_size, config.latent_channels, config.p, config.d_l, config.lem_heads,
-                config.encoder_depth, config.decoder_depth, config.N, config.d_e,
-            )  # fmt: skip
-        if config.N:
-            # CHOICE: the paper does not say how e_s gets from width d_l to d. With this two-layer
-            # MLP, counted with the backbone, Table 1's 105 M and 527 M come out.
-            self.prior_mlp = nn.Sequential(nn.Linear(config.d_l, d), nn.SiLU(), nn.Linear(d, d))
-        self.initialize()
-
-    def initialize(self) -> None:
-        """Xavier-uniform linears, zero biases, N(0, 0.02) for the class table (as for S, L and M).
-
-        Zeros in all modulations and in the last layer: each block of the backbone starts as the
-        identity, and v ≡ 0. CHOICE: as in DiT, except for the time MLP, which starts from
-        N(0, 0.02) there.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.label.weight, std=0.02)
-        nn.init.zeros_(self.W_g.weight)
-        for block in self.blocks:
-            nn.init.zeros_(block.W_2.weight)
-        nn.init.zeros_(self.final.adaln.weight)
-        nn.init.zeros_(self.final.linear.weight)
+    @property
+    def device(self) -> torch.device:
+        return self.cos.device
 
     @property
     def null_class(self) -> int:
-        """The label that stands for "no class". With K = 1 there is nothing to drop, and it is the
-        one class: class dropout then has no effect, and guidance acts on the prior alone."""
+        """The label that stands for "no class". With one class, the null label is that class
+        itself, so class dropout changes nothing, and guidance acts on the prior alone."""
         return self.config.num_classes if self.config.num_classes > 1 else 0
 
-    def visual_prior(self, z0: torch.Tensor) -> torch.Tensor:
-        """e_s = LEM(z_0) of Eq. 5, brought to the backbone's width: (B, C, H, W) -> (B, T, d).
+    def condition(self, t: Tensor, y: Tensor, e_s: Tensor | None) -> Tensor:
+        """FiTv2's condition c = e_c + e_t -> (B, 1, d). It knows no prior: e_s must be None."""
+        assert e_s is None, "a plain FiTv2 takes no visual prior"
+        return self.label(y)[:, None] + self.time(t)
 
-        It does not depend on t: compute it once a stage, not once an evaluation.
-        """
-        return self.prior_mlp(self.lem(z0))
-
-    def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor, e_s: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The velocity v of Eq. 2 at (x_t, t), given class y and prior e_s.
-
-        Eq. 5:  c = e_c + e_t + S   (stage 1: no prior, e_s=None)
-                c = e_c + e_t + e_s (later stages)
-
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, e_s: Tensor | None = None) -> Tensor:
+        """The velocity v of Eq. 2 at (x_t, t), given class y and, in DoD, the prior e_s.
         x_t (B, C, H, W); t (B,) in [0, 1]; y (B,) in 0 .. K, where K is the null class; e_s
-        (B, T, d) -> (B, C, H, W). With S, c is one vector for each image, and the modulations are
-        computed once for each image; with e_s, c is one vector for each token. Blocks broadcast.
+        (B, T, d) -> (B, C, H, W). c is one vector for each image, or with e_s one for each token.
 
         One image through DoD-B in stage 2, without the batch dimension:
             x_t  4 x 32 x 32  ->  patches of 2 x 2: 256 x 16  ->  tokens: 256 x 768
@@ -314,126 +261,177 @@ class DoD(nn.Module):
             S^i  256 x 4608: six modulations of 768 for each token, in each of the 12 blocks
             v    256 x 768  ->  256 x 16  ->  4 x 32 x 32
         """
-        c = self.label(y)[:, None] + self.time(t)  # e_c + e_t: (B, 1, d)
-        if self.config.N and e_s is None:
-            c = c + self.S  # (B, 1, d)
-        elif self.config.N:
-            c = c + e_s  # (B, T, d)
-
         # Every block reads SiLU(c). Under autocast it is cast to bf16 here, once.
-        silu_c = F.silu(c)
-        global_S = self.W_g(silu_c)  # (B, 1 or T, 6d)
-        silu_c = silu_c.to(global_S.dtype)
+        silu_c = F.silu(self.condition(t, y, e_s))  # (B, 1 or T, d)
+        modulation = self.W_g(silu_c)  # (B, 1 or T, 6d)
+        silu_c = silu_c.to(modulation.dtype)
 
         x = self.patch_embed(patchify(x_t, self.config.p))  # (B, T, d)
         x = x.to(self.patch_embed.weight.dtype)  # blocks add to x in fp32, under autocast too
         for block in self.blocks:
-            x = block(x, silu_c, global_S, self.cos, self.sin)
-        return self.unpatchify(self.final(x, silu_c))
+            x = block(x, silu_c, modulation, self.cos, self.sin)  # (B, T, d)
+        v = self.final(x, silu_c)  # (B, T, p * p * C)
+        return unpatchify(v, self.config.p)  # (B, C, H, W)
 
-    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
-        """Inverse of patchify: (B, T, p * p * C) -> (B, C, H, W)."""
-        p = self.config.p
-        side = self.config.latent_size // p
-        x = x.reshape(len(x), side, side, p, p, self.config.latent_channels)
-        x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, side, p, side, p)
-        return x.flatten(4, 5).flatten(2, 3)
+
+# ------------------------------------------------------------------- what DoD adds to it: Eq. 5
+
+
+class DoD(FiTv2):
+    """Diffusion on Diffusion: a FiTv2 that can also be told what an earlier image looked like.
+
+    Eq. 5:  c = e_c + e_t + S    in stage 1, where there is no earlier image
+            c = e_c + e_t + e_s  in later stages, e_s = LEM(z_0) of the stage before
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.S = nn.Parameter(torch.randn(1, 1, config.d) * 0.02)  # sample token: replaces a prior
+
+        # The bottleneck through which the earlier image is seen: LEM, or what it is compared with.
+        others = {"patches": Patches, "means": Means}
+        if config.prior_from in others:
+            self.lem = others[config.prior_from](config.latent_channels, config.p, config.d_l)
+        else:
+            self.lem = LEM(
+                config.latent_size, config.latent_channels, config.p, config.d_l, config.lem_heads,
+                config.encoder_depth, config.decoder_depth, config.N, config.d_e,
+            )  # fmt: skip
+
+        # CHOICE: the paper does not say how e_s gets from width d_l to d. With this MLP, counted
+        # with the backbone, Table 1's 105 M and 527 M come out. S, of width d, replaces its output.
+        self.prior_mlp = nn.Sequential(
+            nn.Linear(config.d_l, config.d), nn.SiLU(), nn.Linear(config.d, config.d)
+        )
+
+    def visual_prior(self, z0: Tensor) -> Tensor:
+        """e_s = MLP(LEM(z_0)), LEM's output brought from width d_l to d: (B, C, H, W) -> (B, T, d).
+        It does not depend on t: compute it once a stage, not once an evaluation."""
+        return self.prior_mlp(self.lem(z0))
+
+    def condition(self, t: Tensor, y: Tensor, e_s: Tensor | None) -> Tensor:
+        """Eq. 5 -> c, (B, 1, d) with S where e_s is None, and (B, T, d) with e_s (B, T, d)."""
+        c = super().condition(t, y, None)  # e_c + e_t, (B, 1, d)
+        if e_s is None:
+            return c + self.S
+        return c + e_s
+
+
+def build_model(config: Config) -> FiTv2 | DoD:
+    """A new model with its initial weights: DoD, or FiTv2 if the config has no latent tokens.
+
+    Zeros in all modulations and in the last layer make each block of the backbone the identity and
+    v = 0, so that training starts from a calm state. CHOICE: as in DiT, Xavier-uniform linears and
+    N(0, 0.02) for tables and tokens; but DiT's time MLP starts from N(0, 0.02), too.
+    """
+    model = DoD(config) if config.N else FiTv2(config)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.label.weight, std=0.02)
+    nn.init.zeros_(model.W_g.weight)
+    for block in model.blocks:
+        nn.init.zeros_(block.W_2.weight)
+    nn.init.zeros_(model.final.adaln.weight)
+    nn.init.zeros_(model.final.linear.weight)
+    return model
 
 
 # ---------------------------------------------------------------------------------- Tables 1 and 4
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
-    """Table 1's last column: trainable parameters of (backbone, LEM)."""
-    with torch.device("meta"):  # shapes without memory
-        model = DoD(config)
+    """Table 1's last column: the numbers of trainable parameters of the backbone and of LEM."""
+    with torch.device("meta"):  # shapes, no data
+        model = build_model(config)
     lem = sum(p.numel() for name, p in model.named_parameters() if name.startswith("lem."))
     return sum(p.numel() for p in model.parameters()) - lem, lem
 
 
 def count_macs(config: Config, attention: bool = False) -> dict[str, int]:
     """Table 4's unit, which the paper calls FLOPs: multiply-accumulates of the linear layers, for
-    one image, as PyTorch's own counter sees them in one call of a model without memory.
+    one image, as PyTorch's own counter finds them in one call of a model on the meta device.
 
-      s          one evaluation with c for each image (S in place of a prior)
-      e_s        one evaluation with c for each token and, as the paper counts, the prior's MLP
-      prior_mlp  that MLP alone: we run it once a stage
+      s          one evaluation with c for each image (S, or no prior at all)
+      e_s        one evaluation with c for each token
+      prior_mlp  the prior's MLP, which we run once a stage (the paper: once an evaluation)
       lem        LEM, once a stage
     With `attention`, Q K^T and the product with V are counted, too; the paper leaves them out.
     """
     with torch.device("meta"):
-        model = DoD(config)
+        model = build_model(config)
         x = torch.empty(1, config.latent_channels, config.latent_size, config.latent_size)
         t = torch.ones(1)
         y = torch.zeros(1, dtype=torch.long)
 
     def count(function, *inputs):
-        """-> the result of the call, and its multiply-accumulates."""
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             result = function(*inputs)
         flops = counter.get_flop_counts().get("Global", {})
         counted = sum(flops.values()) if attention else flops.get(torch.ops.aten.addmm, 0)
         return result, counted // 2  # two operations a multiply-accumulate
 
-    # Stage 1, then LEM (whose output, of width d_l, is e_l) and its MLP, then a later stage.
+    # Stage 1; then LEM, whose output of width d_l is e_l, its MLP, and a later stage.
     macs = {}
     _, macs["s"] = count(model, x, t, y)
     if config.N:
         e_l, macs["lem"] = count(model.lem, x)
         e_s, macs["prior_mlp"] = count(model.prior_mlp, e_l)
-        _, evaluation = count(model, x, t, y, e_s)
-        macs["e_s"] = evaluation + macs["prior_mlp"]
+        _, macs["e_s"] = count(model, x, t, y, e_s)
     return macs
 
 
-def stage_macs(macs: dict[str, int], with_prior: float, without: float) -> float:
-    """Multiply-accumulates of one stage of sampling; macs: those of count_macs.
-
-    The network runs `with_prior` times with c for each token, and `without` times with c for each
-    image, as the unconditional branch always does. LEM and the prior's MLP run once a stage.
-    """
-    total = without * macs["s"]
-    if with_prior:
-        total += macs["lem"] + macs["prior_mlp"]
-        total += with_prior * (macs["e_s"] - macs["prior_mlp"])
+def stage_macs(macs: dict[str, int], per_token: float, per_image: float) -> float:
+    """Multiply-accumulates of one stage of sampling, given those of count_macs. The network runs
+    `per_token` times with c for each token, and `per_image` times with c for each image, as the
+    unconditional branch always does. LEM and the prior's MLP run once a stage."""
+    total = per_image * macs["s"]
+    if per_token:
+        total += macs["lem"] + macs["prior_mlp"] + per_token * macs["e_s"]
     return total
 
 
+def training_flops(config: Config, p_s: float = 0.5) -> float:
+    """Operations, two for each multiply-accumulate, of training on one image, attention included.
+    The backward pass costs twice the forward pass; LEM runs for the share 1 - p_s of the images."""
+    macs = count_macs(config, attention=True)
+    forward = macs["s"]
+    if config.N:
+        forward = macs["e_s"] + (1 - p_s) * (macs["lem"] + macs["prior_mlp"])
+    return 3 * 2 * forward
+
+
 def print_table_1() -> None:
-    """Table 1 (FiTv2-B's count: Wang et al., 2024), and the cost of training by arithmetic: a step
-    is three forward passes, attention included; half of the images run LEM. Memory: five fp32
-    numbers a parameter (weight, gradient, EMA, AdamW's two moments), and no activations."""
+    """Prints Table 1 and the cost of training: operations, and the memory of five fp32 numbers a
+    parameter (weight, gradient, EMA, AdamW's two moments). FiTv2-B's count: Wang et al., 2024."""
     paper = {"DoD-S": "27 + 21", "DoD-B": "105 + 86", "DoD-XL": "527 + 86"}
     paper |= {"FiTv2-B": "128", "FiTv2-XL": "671"}
     print("Table 1: parameters, M                   | training: GFLOP   EFLOP,     GB")
     print("           backbone     LEM       paper  |       an image   1M x 256   held")
     for name, config in CONFIGS.items():
         backbone, lem = count_parameters(config)
-        macs = count_macs(config, attention=True)
-        forward = macs["s"]
-        if config.N:
-            forward = macs["e_s"] + (macs["lem"] - macs["prior_mlp"]) / 2
-        flops = 3 * 2 * forward  # a multiply-accumulate is two operations
-        print(
-            f"{name:9}{backbone / 1e6:10.2f}{lem / 1e6:8.2f}{paper.get(name, '-'):>12}  |", end=""
-        )
-        print(f"{flops / 1e9:15.4g}{flops * 256e6 / 1e18:11.3g}{20e-9 * (backbone + lem):7.2f}")
+        flops = training_flops(config)
+        counts = f"{backbone / 1e6:10.2f}{lem / 1e6:8.2f}{paper.get(name, '-'):>12}"
+        cost = f"{flops / 1e9:15.4g}{flops * 256e6 / 1e18:11.3g}{20e-9 * (backbone + lem):7.2f}"
+        print(f"{name:9}{counts}  |{cost}")
 
 
 def print_table_4() -> None:
-    """Table 4's compute column. A guided step of stage 2 costs the paper 2 x 26.5, here less."""
+    """Prints Table 4's compute. CHOICE: the unconditional branch has one condition for each image,
+    and the prior's MLP runs once a stage, so a guided step costs less than the paper's 2 x 26.5."""
     dod = count_macs(CONFIGS["DoD-B"])
     fit = count_macs(CONFIGS["FiTv2-B"])
     rows = [  # what, the paper's figure, ours
         ("LEM", 24.6, dod["lem"]),
-        ("DoD-B, one evaluation, c per token", 26.5, dod["e_s"]),
+        ("DoD-B, one evaluation, c per token", 26.5, dod["e_s"] + dod["prior_mlp"]),
         ("DoD-B, one evaluation, c per image", 26.5, dod["s"]),
         ("FiTv2-B, one evaluation", 27.3, fit["s"]),
     ]
-    # Upper and lower half of the table: n steps in each of DoD's stages, 2 n for the baseline.
+    # Both halves of the table: n steps in each of DoD's stages, 2 n for the baseline.
     for n, paper in ((30, (1638, 3276, 795, 2409.6)), (120, (6552, 13104, 3180, 9564.6))):
-        stage_1 = stage_macs(dod, with_prior=0, without=n)
-        stage_2 = stage_macs(dod, with_prior=n, without=n)  # guided: both branches in each step
+        stage_1 = stage_macs(dod, per_token=0, per_image=n)
+        stage_2 = stage_macs(dod, per_token=n, per_image=n)  # guided: both branches in each step
         rows += [
             (f"FiTv2-B, {2 * n} steps", paper[0], 2 * n * fit["s"]),
             (f"FiTv2-B-G, {2 * n} steps", paper[1], 2 * 2 * n * fit["s"]),

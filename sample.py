@@ -1,130 +1,80 @@
-"""sample.py -- multi-stage sampling; its codec, checkpoints, grids and sets. Section 3.2, Fig. 3a.
+"""sample.py -- multi-stage sampling: the method, and the command that draws with it. Section 3.2.
 
     stage 1   z_0^1 from noise, given the class                           Eq. 5, i = 1: S, no prior
     stage i   z_0^i from fresh noise, given the class and LEM(z_0^(i-1))  Eq. 5, i > 1; guided
 
-Each stage is a complete run of the same model from t = 1 (noise) to t = 0 (data). The noise is a
-function of (seed, image number, stage), and the solver treats each image alone. So image n is the
-same for any batch size and any number of GPUs, up to floating-point order.
+Each stage is a complete run of the same model from t = 1 (noise) to t = 0 (data). Image n is the
+same for any batch size and any number of GPUs: its noise is a function of (seed, n, stage), and the
+solver treats each image alone. Only rounding differs; RK45 in fp32 can turn that into 2e-3 of a
+latent, for at small steps its error estimate, which sets the next step, is rounding noise itself.
 
-Shapes: B images, C channels, H x W latent, K classes; images: uint8 (B, channels, rows, columns).
+Shapes: B images, C channels, H x W latent, T tokens; images: uint8 (B, channels, rows, columns).
 
-    python sample.py                                       # letters, from the weights in assets/
-    python sample.py --ckpt out/letters/ckpt.pt --classes A-J --stages 3 --out grid.png
-    python sample.py --prior mine.png,yours.png --out variations.png
+    python sample.py                                   # letters, from the weights in assets/
+    python sample.py --path --classes H                # an H on its way from noise to data
+    python sample.py --prior mine.png,yours.png        # your images as priors
     torchrun --nproc-per-node 8 sample.py --ckpt ckpt.pt --npz samples.npz      # 50,000, for FID
 """
 
+import errno
 import json
 import math
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentDefaultsHelpFormatter as DefaultsFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 from flow import dopri5, euler, guide
-from model import Config, DoD, UserError
+from model import Config, DoD, FiTv2, UserError, build_model
 
 # -------------------------------------------------------------------- multi-stage sampling: Fig. 3a
 
-# One seed serves several streams of random numbers. These keep them apart; train.py has 0 and 1.
-NOISE_STREAM = 2
-LABEL_STREAM = 3
 
+@dataclass(frozen=True)
+class Sampler:
+    """How stages are sampled."""
 
-def noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -> torch.Tensor:
-    """z_1^i: standard normal (len(numbers), *shape); image n is a function of (seed, n, stage).
-    `stage` counts from 0, as i - 1. NumPy draws on the CPU: the noise is the same on any device.
-    """
-    rngs = [np.random.default_rng((seed, NOISE_STREAM, n, stage)) for n in numbers]
-    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
-
-
-def sample_stage(
-    model, z1, y, e_s, w, guide_on, cfg_channels, interval, solver, steps
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One stage of Fig. 3a, Eq. 4: noise z1 (B, C, H, W) -> z0, of the same shape, and nfe (B,).
-    y (B,) classes; e_s (B, T, d) visual prior, or None (S); w guidance scale; the rest as in
-    generate(). nfe counts evaluations of the velocity; a guided one runs the network twice.
-    """
-    if interval is not None and solver != "euler":
-        raise UserError("an interval of times is for --solver euler")
-    # CHOICE: the paper does not say what the unconditional branch drops. Ours drops both class and
-    # prior, v_u = v(null class, S); with guide_on = "prior" the prior alone, v_u = v(class, S).
-    y_u = torch.full_like(y, model.null_class)  # (B,)
-    if guide_on == "prior" and e_s is not None:
-        y_u = y
-
-    def velocity(x, t, rows):
-        # Outside the interval, prior and guidance are off. Euler's times are the same for all rows.
-        if interval is not None and not interval[0] <= t[0] <= interval[1]:
-            return model(x, t, y[rows]).to(x.dtype)
-
-        # RK45 drops images that have finished: `rows` are those that are left.
-        e_s_left = None if e_s is None else e_s[rows]
-        v_c = model(x, t, y[rows], e_s_left).to(x.dtype)  # the conditional branch
-        if w == 1:
-            return v_c
-        v_u = model(x, t, y_u[rows]).to(x.dtype)  # the unconditional branch, with S
-        return guide(v_c, v_u, w, cfg_channels)
-
-    # Section 3.3 samples with dopri5; Table 4, which counts compute, with Euler's method.
-    if solver == "euler":
-        return euler(velocity, z1, steps)
-    return dopri5(velocity, z1)
+    solver: str = "dopri5"  # RK45 (section 3.3), or "euler": Euler's method (Table 4)
+    steps: int = 50  # Euler's steps in each stage; RK45 chooses its own
+    guide_on: str = "both"  # the unconditional branch drops class and prior, or the "prior" alone
+    seed: int = 0  # the noise of image n is a function of (seed, n, stage)
+    first_stage: int = 0  # stages already done: generate's stage i uses noise first_stage + i
 
 
 @torch.no_grad()
 def generate(
-    model: DoD,
-    y: torch.Tensor,
-    stages: int = 2,
-    cfg: float | list[float] | None = None,
-    guide_on: str = "both",
-    cfg_channels: int | None = None,
-    interval: tuple[float, float] | None = None,
-    solver: str = "dopri5",
-    steps: int = 50,
-    seed: int = 0,
-    start: int = 0,
-    prior: torch.Tensor | None = None,
+    model: FiTv2 | DoD, y: Tensor, stages: int = 2, w: float | list[float] | None = None,
+    sampler: Sampler = Sampler(), start: int = 0, prior: Tensor | None = None,
     batch_size: int = 256,
-    first_stage: int = 0,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Multi-stage sampling (section 3.2): classes y (B,) -> [z_0^1, z_0^2, ...], [nfe, nfe, ...],
-    for each stage its samples (B, C, H, W) and the evaluations of each image (B,).
+    for each stage its samples (B, C, H, W) and the evaluations of v for each image (B,).
 
-    cfg           guidance scale w >= 1: one for each stage, or one number for all stages that have
-                  a prior (the others then use 1, which is off); None: the model's own
-    guide_on      what the unconditional branch drops: "both" class and prior, or the "prior" alone,
-                  where there is one
-    cfg_channels  guide the first channels only; None: all
-    interval      prior and guidance act at times low <= t <= high only, elsewhere S, unguided; in
-                  stage 1 the guidance interval of Kynkäänniemi et al. (2024). None: at all times.
-                  Euler only: RK45 would stumble over the jumps of v
-    solver        "dopri5" (adaptive, image by image) or "euler" (`steps` steps)
-    seed, start   image b is image number start + b of this seed
-    prior         (B, C, H, W) latents that take the place of a previous stage's samples in stage 1
-    first_stage   how many stages came before the prior: the noise of a stage depends on its number
+    w: guidance scales >= 1 (1 is off), a list with one for each stage; one number is for all stages
+    that have a prior, and None is the model's own. Image b has number start + b of the seed. prior:
+    (B, C, H, W) latents that take the place of a previous stage's samples in stage 1.
 
-    Why a prior needs a large w (section 3.3): v_c - v_u is what class and prior change. x_t already
-    shows much of them, so they change v only a little; w > 1 exaggerates that, and leads to images
-    that match. Raises UserError for what the model cannot do."""
-    config = model.config
+    Section 3.3 wants a large w for consistency with the prior. Our guess why: x_t already shows
+    much of the prior, so the prior changes v only a little, and w > 1 exaggerates v_c - v_u.
+    Raises UserError for what the model cannot do, FloatingPointError if a sample is not finite.
+    """
     # Section 3.3: no guidance in the first stage, strong guidance wherever there is a prior.
-    w = config.cfg if cfg is None else cfg
+    config = model.config
     if not isinstance(w, list):
-        w = [w] * stages
+        w = [config.w if w is None else w] * stages
         if prior is None:
             w[0] = 1.0
     if len(w) != stages or not all(scale >= 1 for scale in w):
@@ -146,11 +96,9 @@ def generate(
         # Fig. 3a: what a stage has drawn becomes the visual prior of the next one. The noise is
         # fresh in each stage, so nothing but e_s passes from one to the next.
         for i in range(stages):
-            z1 = noise(shape, seed, numbers, first_stage + i).to(y.device)
+            z1 = stage_noise(shape, sampler.seed, numbers, sampler.first_stage + i).to(y.device)
             e_s = None if z0 is None else model.visual_prior(z0)  # (B, T, d), once a stage
-            z0, spent = sample_stage(
-                model, z1, y[group], e_s, w[i], guide_on, cfg_channels, interval, solver, steps
-            )
+            z0, spent = sample_stage(model, z1, y[group], e_s, w[i], sampler)
             samples[i].append(z0)
             nfe[i].append(spent)
 
@@ -160,55 +108,381 @@ def generate(
     return [torch.cat(parts) for parts in samples], [torch.cat(parts) for parts in nfe]
 
 
-# -------------------------------------------------------------------------------------------- grids
+# One seed serves several streams of random numbers, kept apart by these; train.py has 0 and 1.
+NOISE_STREAM = 2
+LABEL_STREAM = 3
 
 
-def draw_grid(out: Path | str, blocks: list[tuple[str, torch.Tensor]], titles: list[str]) -> None:
+def stage_noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -> Tensor:
+    """z_1^i: standard normal (len(numbers), *shape); image n is a function of (seed, n, stage).
+    `stage` counts from 0, as i - 1. NumPy draws on the CPU: the noise is the same on any device.
+    """
+    rngs = [np.random.default_rng((seed, NOISE_STREAM, n, stage)) for n in numbers]
+    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
+
+
+def sample_stage(
+    model: FiTv2 | DoD, z1: Tensor, y: Tensor, e_s: Tensor | None, w: float, sampler: Sampler,
+    path: list[tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One stage of Fig. 3a, Eq. 4: noise z1 (B, C, H, W) -> z0, of the same shape, and nfe (B,).
+    y (B,) classes; e_s (B, T, d) visual prior, or None (S); w guidance scale. nfe counts the
+    evaluations of the velocity; a guided one runs the network twice. Each of them adds to `path`
+    where it is, x_t, and the x_0 to which the velocity points from there. Raises ValueError for
+    w < 1, FloatingPointError where RK45 meets a velocity that is not finite.
+    """
+    # CHOICE: the paper does not say what the unconditional branch drops. Ours drops both class and
+    # prior, v_u = v(null class, S); with guide_on = "prior" the prior alone, v_u = v(class, S).
+    y_u = torch.full_like(y, model.null_class)  # (B,)
+    if sampler.guide_on == "prior" and e_s is not None:
+        y_u = y
+
+    def velocity(x, t, rows):
+        # RK45 drops images that have finished: x (b, C, H, W), t and `rows` (b,) are what is left.
+        e_s_left = None if e_s is None else e_s[rows]
+        v = model(x, t, y[rows], e_s_left).to(x.dtype)  # the conditional branch
+        if w != 1:
+            v_u = model(x, t, y_u[rows]).to(x.dtype)  # the unconditional branch, with S
+            v = guide(v, v_u, w)  # v_u + w (v_c - v_u)
+        if path is not None:
+            path.append((x, x - t.view(-1, 1, 1, 1) * v))  # Eq. 1: x_0 = x_t - t v
+        return v
+
+    # Section 3.3 samples with dopri5; Table 4, which counts compute, with Euler's method.
+    if sampler.solver == "euler":
+        return euler(velocity, z1, sampler.steps)
+    return dopri5(velocity, z1)
+
+
+# ------------------------------------------------------------------------- what the command draws
+
+
+def main() -> None:
+    """Reads the flags, loads the model and draws what they ask for."""
+    args = parse(sys.argv[1:])
+    if rank_and_world_size()[1] > 1 and not args.npz:
+        raise UserError("only --npz uses several processes; start this without torchrun")
+    if args.out:
+        refuse_existing(args.out, ".png")
+    args.out = args.out or "out/samples.png"  # which is replaced
+
+    # The model, its codec, and how to sample.
+    device = pick_device(args.device)
+    if args.precision == "tf32":
+        # The VAE's convolutions stay in true fp32, since cuDNN's TF32 is off.
+        torch.set_float32_matmul_precision("high")
+    checkpoint = load_checkpoint(args.ckpt)  # on the CPU
+    model = load_model(checkpoint, device)
+    codec = checkpoint_codec(checkpoint, device, args.vae)
+    sampler = Sampler(args.solver, args.steps, args.guide_on, args.seed)
+
+    # The classes, and the guidance of each stage: section 3.3 leaves stage 1 unguided.
+    names = checkpoint["classes"]  # with --class-groups, the groups' names
+    default = names if args.npz else names[:10]
+    args.classes = parse_classes(args.classes, names) if args.classes else [*range(len(default))]
+    stages = args.stages or (2 if model.config.N else 1)
+    if args.cfg and stages == 1:
+        raise UserError("--cfg is for stages with a prior; --cfg-stage1 guides stage 1")
+    args.w = [args.cfg_stage1 or 1.0] + [args.cfg or model.config.w] * (stages - 1)
+    if args.prior or args.prior_data:
+        args.w = args.w[-1:]  # one stage, with a prior
+
+    # What to draw.
+    given = (args, checkpoint, model, codec, sampler)
+    if args.npz:
+        with process_group(torch.device("cpu")):  # ranks share files, not tensors: gloo will do
+            sample_set(*given)
+    elif args.prior:
+        draw_priors(*given)
+    elif args.path:
+        draw_path(*given)
+    else:
+        draw_samples(*given)
+
+
+def draw_samples(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
+    """Draws what one model makes of the same noise: a column a class, a block of rows for stage 1,
+    for stage 1 guided by the class, and for each later stage, guided by class and prior."""
+    y = torch.tensor(args.classes * args.per_class, device=model.device)
+    draw = partial(generate, model, y, sampler=sampler, batch_size=args.batch_size)
+    samples, nfe = draw(stages=len(args.w), w=[1.0, *args.w[1:]])
+    found = [("class", 1.0, samples[0], nfe[0])]
+
+    # What a prior adds shows only beside the same model guided by its class. A model of one class
+    # has no such guidance. CHOICE: w = 2 suits the letters; the paper does not guide stage 1.
+    w_class = args.cfg_stage1 or (2.0 if model.config.num_classes > 1 else 1.0)
+    if w_class > 1:
+        (z0,), (spent,) = draw(stages=1, w=[w_class])
+        found.append(("class, guided", w_class, z0, spent))
+    for i in range(1, len(args.w)):
+        found.append((f"class and prior,\nguided: stage {i + 1}", args.w[i], samples[i], nfe[i]))
+
+    blocks = []
+    for what, w, z0, spent in found:
+        blocks.append((f"{what}\nw = {w:g}", codec.decode(z0)))
+        print(f"{' '.join(what.split())}: {spent.double().mean():.1f} evaluations for each image")
+    draw_grid(args.out, blocks, [checkpoint["classes"][k] for k in args.classes])
+
+
+@torch.no_grad()
+def draw_path(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler) -> None:
+    """Draws one image of the first class on its way, at the ten Euler steps of each stage: a row of
+    x_t, and a row of the x_0 to which the velocity points from there."""
+    sampler = replace(sampler, solver="euler", steps=10)
+    y = torch.tensor(args.classes[:1], device=model.device)
+    shape = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
+    blocks = []
+    z0 = None
+    for i, w in enumerate(args.w):
+        z1 = stage_noise(shape, sampler.seed, range(1), i).to(y.device)
+        e_s = None if z0 is None else model.visual_prior(z0)
+        path = []
+        z0, _ = sample_stage(model, z1, y, e_s, w, sampler, path)
+        x_t, x_0 = zip(*path, strict=True)  # ten of each, (1, C, H, W)
+        for what, states in (("x_t", x_t), ("predicted x_0", x_0)):
+            images = codec.decode(torch.cat(states))
+            blocks.append((f"stage {i + 1}, w = {w:g}\n{what}", images))
+    draw_grid(args.out, blocks, [f"t = {1 - k / 10:.1f}" for k in range(10)])
+
+
+def draw_priors(args, checkpoint: dict, model: DoD, codec: "Codec", sampler: Sampler) -> None:
+    """Draws a matrix: the --prior images down, classes across, one stage, the same noise in each
+    row. Raises UserError for an unreadable image, or a model without LEM."""
+    size = (checkpoint["image_size"], checkpoint["channels"])
+    images = torch.stack([open_image(path, *size) for path in args.prior.split(",")])
+    y = torch.tensor(args.classes, device=model.device)
+    (w,) = args.w
+    rows = []
+    for image, z0 in zip(images, codec.encode(images.to(y.device)), strict=True):
+        prior = z0.expand(len(y), -1, -1, -1)  # the same one for every class
+        (drawn,), _ = generate(model, y, 1, [w], sampler, prior=prior, batch_size=args.batch_size)
+        rows.append(torch.cat([image[None], codec.decode(drawn).cpu()]))
+    titles = ["prior", *[checkpoint["classes"][k] for k in args.classes]]
+    draw_grid(args.out, [(f"w = {w:g}", torch.cat(rows))], titles)
+
+
+def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
+    """--npz FILE.npz: images of the last stage in one file for guided-diffusion's evaluator, arr_0
+    uint8 (n, H, W, 3) and arr_1 their classes, and in a folder FILE as NUMBER-CLASS.png.
+
+    Image n is a function of (seed, n). The ranks take turns in chunks of --batch-size numbers. With
+    --prior-data, prior n is a real image, of whose class image n is; a second set, FILE-priors,
+    holds the priors.
+    """
+    # The classes. CHOICE: they are random, as with SiT, FiTv2, DiT and ADM. The same number of each
+    # class probably gives a lower FID.
+    sets = {args.npz: "samples"}  # each file, and what it holds
+    if args.prior_data:
+        y, read_priors, what = open_priors(args, checkpoint, codec)
+        y = y[: args.number]
+        sets[args.npz.with_name(f"{args.npz.stem}-priors.npz")] = f"priors ({what})"
+    else:
+        rngs = [np.random.default_rng((args.seed, LABEL_STREAM, n)) for n in range(args.number)]
+        y = [args.classes[rng.integers(len(args.classes))] for rng in rngs]
+    files = [f"{n:06}-{k}.png" for n, k in enumerate(y)]
+
+    # The folders, of which the first says of itself what it holds.
+    rank, ranks = rank_and_world_size()
+    if rank == 0:
+        for path in sets:
+            refuse_existing(path, ".npz")
+            refuse_existing(path.with_suffix(""))
+        for path in sets:
+            path.with_suffix("").mkdir(parents=True)
+        facts = vars(args) | {"step": checkpoint["step"], "sets": list(sets.values())}
+        about = args.npz.with_suffix("") / "about.json"
+        about.write_text(json.dumps(facts, indent=1, default=str))
+    barrier()  # until the folders are there
+
+    # This rank's share.
+    chunks = [range(len(y))[i : i + args.batch_size] for i in range(0, len(y), args.batch_size)]
+    for chunk in tqdm(chunks[rank::ranks], unit="chunk", disable=rank > 0):
+        prior, pixels = read_priors(chunk) if args.prior_data else (None, None)
+        labels = torch.tensor([y[n] for n in chunk], device=model.device)
+        settings = (len(args.w), args.w, sampler, chunk.start, prior, len(chunk))
+        samples, _ = generate(model, labels, *settings)
+        drawn = [codec.decode(samples[-1]), pixels]
+        for path, images in zip(sets, drawn, strict=False):  # one without priors
+            images = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # grey becomes RGB
+            for n, image in zip(chunk, images.cpu().numpy(), strict=True):
+                Image.fromarray(image).save(path.with_suffix("") / files[n], compress_level=1)
+    barrier()  # until all files are there
+
+    # The .npz is made from the files, image by image: 50,000 of 256 x 256 take 9.8 GB of memory.
+    side = checkpoint["image_size"]
+    for path, what in sets.items() if rank == 0 else []:
+        images = np.empty((len(files), side, side, 3), np.uint8)
+        for i, file in enumerate(files):
+            images[i] = Image.open(path.with_suffix("") / file)
+        with replacing(path) as temporary:
+            np.savez(temporary, arr_0=images, arr_1=np.array(y))
+        print(f"wrote {len(files)} {what} to {path} and {path.with_suffix('')}")
+
+
+def open_priors(args, checkpoint: dict, codec: "Codec") -> tuple[list[int], Callable, str]:
+    """--prior-data, a folder with a folder for each class, or train.py's --cache -> the class of
+    each prior; read(numbers) -> their latents (b, C, H, W) and pixels; what these pixels are.
+
+    Prior n is image shuffled_order(count)[n]: those that train.py holds out come first. Its latent
+    is the mean of the VAE's posterior. Raises UserError for other classes, sizes or VAEs.
+    """
+    source = args.prior_data
+    cache = source / "latents.npy"
+    fits = {name: checkpoint[name] for name in ("classes", "image_size", "scale")}
+    if cache.exists():
+        about = json.loads((source / "about.json").read_text())
+        labels = about["labels"]
+        what = "decoded latents"
+    else:
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+        # As in train.py, hidden folders and hidden files are left out.
+        names = sorted(path.name for path in source.glob("[!.]*") if path.is_dir())
+        about = fits | {"classes": names}
+        found = make_dataset(source, {name: k for k, name in enumerate(names)}, IMG_EXTENSIONS)
+        shown = [pair for pair in found if f"{os.sep}." not in os.path.relpath(pair[0], source)]
+        files, labels = zip(*shown, strict=True)
+        what = "cropped images"
+    if any(about[name] != value for name, value in fits.items()):
+        raise UserError(f"--prior-data {source} has other classes, size or VAE than {args.ckpt}")
+    order = shuffled_order(len(labels))
+
+    def read(numbers: range) -> tuple[Tensor, Tensor]:
+        if cache.exists():
+            z0 = torch.stack([read_latents(cache, order[n])[0, 0] for n in numbers]).float()
+            return z0, codec.decode(z0)
+        size = (checkpoint["image_size"], checkpoint["channels"])
+        pixels = torch.stack([open_image(files[order[n]], *size) for n in numbers])
+        return torch.cat([codec.encode(part) for part in pixels.split(32)]), pixels
+
+    return [labels[i] for i in order], read, what
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+# Defaults are shown in --help, and flags may not be abbreviated.
+Parser = partial(ArgumentParser, formatter_class=DefaultsFormatter, allow_abbrev=False)
+
+
+def bounded(kind: type, low: float, high: float = math.inf) -> Callable:
+    """An argparse type: a finite number of `kind`, low <= number <= high."""
+
+    def number(text: str):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise ArgumentTypeError(f"{text}: must lie between {low:g} and {high:g}")
+        return value
+
+    number.__name__ = kind.__name__  # for argparse's own message, "invalid int value"
+    return number
+
+
+def parse_classes(text: str, names: list[str]) -> list[int]:
+    """ "cat,dog", or numbers like "207,360" where no class has that name -> class numbers."""
+    known = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
+    for word in text.split(","):
+        if word not in known:
+            raise UserError(f"class {word!r} is unknown; there are {', '.join(names[:20])} ...")
+    return [known[word] for word in text.split(",")]
+
+
+def add_sampling_flags(parser: ArgumentParser) -> None:
+    """The flags of sampling that sample.py and evaluate.py share."""
+    add = parser.add_argument
+    what = "the unconditional branch drops class and prior, or the prior alone"
+    add("--guide-on", choices=["both", "prior"], default="both", help=what)
+    add("--seed", type=bounded(int, 0), default=0, help="the same seed draws the same images")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--vae", help="where the checkpoint's VAE is now, if it has moved")
+
+
+def parse(argv: list[str]) -> Namespace:
+    """The flags. Raises UserError for those that have no effect."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    natural = bounded(int, 1)
+    scale = bounded(float, 1)
+    add = parser.add_argument
+    add("--ckpt", default=str(SHIPPED), help="checkpoint of train.py")
+    add("--classes", help="names or numbers, with commas; None: the first ten, in a set all")
+    add("--stages", type=natural, help="None: 2, without LEM 1")
+    add("--cfg", type=scale, help="guidance with a prior; None: the model's own")
+    add("--cfg-stage1", type=scale, help="class guidance; None: 1 (off), in a grid's 2nd block 2")
+    add("--solver", choices=["dopri5", "euler"], default="dopri5", help="RK45, or Euler's method")
+    add("--steps", type=natural, default=50, help="Euler steps in each stage")
+    add("--batch-size", type=natural, default=256, help="images sampled at a time")
+    add("--precision", choices=["fp32", "tf32"], default="fp32", help="tf32: faster, on NVIDIA")
+    add("--per-class", type=natural, default=4, help="rows of each block of the grid")
+    add("--out", help="image to write; None: out/samples.png, which is replaced")
+    add_sampling_flags(parser)
+
+    # Instead of a grid.
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--path", action="store_true", help="one image on its way, in ten steps of Euler's method")
+    add("--prior", help="a.png,b.png: your images as priors down, classes across")
+    add("--npz", type=Path, help="FILE.npz: a set of samples, with a folder FILE")
+
+    # torchrun takes --num for an abbreviation of one of its own flags, hence --number.
+    add = parser.add_argument_group("sets of samples (--npz), also with torchrun").add_argument
+    add("--number", type=natural, default=50_000, help="images in the set, at most all priors")
+    add(
+        "--prior-data", type=Path, help="folder with a folder for each class, or train.py's --cache"
+    )
+
+    # Mistakes that would go unnoticed.
+    args = parser.parse_args(argv)
+    if not args.npz and (args.prior_data or args.number != parser.get_default("number")):
+        raise UserError("--number and --prior-data are for sets of samples: add --npz FILE.npz")
+    if args.npz and args.out:
+        raise UserError("--out is for a single picture; --npz names the files of a set")
+    if args.stages and (args.prior or args.prior_data):
+        raise UserError("--stages has no effect where priors are given: they take one stage")
+    return args
+
+
+# ------------------------------------------------------------------------------------------ images
+
+
+def draw_grid(out: Path | str, blocks: list[tuple[str, Tensor]], titles: list[str]) -> None:
     """Writes images as in Fig. 5: labelled blocks of rows, a block a stage, a column a title.
-
     blocks: (label, uint8 (n, channels, rows, columns)), n a multiple of len(titles), row by row.
     Small images are enlarged, without smoothing, by a whole factor to at least 64 pixels.
     """
-    # A cell is an enlarged image with a margin of 4 pixels.
-    height, width = blocks[0][1].shape[-2:]
-    zoom = max(1, math.ceil(64 / width))  # a whole factor
-    cell_width = width * zoom + 4
-    cell_height = height * zoom + 4
-    font = ImageFont.load_default(size=max(12, min(24, cell_height // 5)))
+    # A cell is an enlarged image with a margin of 4 pixels. Images are square.
+    side = blocks[0][1].shape[-1]
+    side *= max(1, math.ceil(64 / side))
+    cell = side + 4
+    font = ImageFont.load_default(size=max(12, min(24, cell // 5)))
 
     # Labels stand left of the images, titles above them; a gap of 12 pixels ends each block.
     lines = "\n".join(label for label, _ in blocks).split("\n")
     left = 16 + round(max(font.getlength(line) for line in lines))
     top = 36  # room for the titles
     rows = sum(len(images) // len(titles) for _, images in blocks)
-    size = (left + len(titles) * cell_width, top + rows * cell_height + 12 * len(blocks))
+    size = (left + len(titles) * cell, top + rows * cell + 12 * len(blocks))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
-        draw.text((left + (column + 0.5) * cell_width, top / 2), title, "black", font, anchor="mm")
-
+        draw.text((left + (column + 0.5) * cell, top / 2), title, "black", font, anchor="mm")
     for label, images in blocks:
         draw.multiline_text((8, top), label, "black", font)
-        for i, image in enumerate(images.cpu()):
+        for i, image in enumerate(images.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
             row, column = divmod(i, len(titles))
-            rgb = image.expand(3, -1, -1).permute(1, 2, 0)  # (rows, columns, 3), also of grey ones
-            tile = Image.fromarray(rgb.numpy())
-            tile = tile.resize((width * zoom, height * zoom), Image.NEAREST)
-            canvas.paste(tile, (left + column * cell_width, top + row * cell_height))
-        top += len(images) // len(titles) * cell_height + 12
+            tile = Image.fromarray(image).resize((side, side), Image.NEAREST)
+            canvas.paste(tile, (left + column * cell, top + row * cell))
+        top += len(images) // len(titles) * cell + 12
     with replacing(out) as temporary:
         canvas.save(temporary)
     print(f"wrote {out}")
 
 
-# ------------------------------------------------------------------------------- images <-> latents
-
-
 def load_image(path: str | Path, channels: int) -> Image.Image:
-    """An image file -> grey for 1 channel, RGB for 3. Raises UserError that names a broken one."""
+    """An image file -> grey for 1 channel, RGB for 3, upright. Raises UserError that names the file
+    if it is broken, or has pixels of unknown range."""
     try:
         with Image.open(path) as image:
             image.load()  # reads the pixels, and so finds what is broken
+            # CHOICE: cameras store which side is up. ADM's code ignores it.
+            ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # Pillow raises a dozen kinds for broken files
         raise UserError(f"{path} is not a readable image ({error})") from None
 
@@ -216,20 +490,25 @@ def load_image(path: str | Path, channels: int) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.array(image) // 257).astype(np.uint8))
+    if image.mode[0] in "IF":
+        pixels = np.array(image)
+        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+            raise UserError(f"{path} has pixels of unknown range; save it with 8 or 16 bits")
+        image = Image.fromarray((pixels // 257).astype(np.uint8))  # 65535 = 257 * 255
     return image.convert({1: "L", 3: "RGB"}[channels])
 
 
-def open_image(path: str, size: int, channels: int) -> torch.Tensor:
-    """An image file -> uint8 (channels, size, size): the square in the middle, as ADM cuts it to
-    within half a pixel, resized bicubically. ADM halves large images first, which softens them."""
-    # ADM resizes the shorter side to `size`, then cuts the longer one: here, in source pixels.
+def open_image(path: str | Path, size: int, channels: int) -> Tensor:
+    """An image file -> uint8 (channels, size, size): the square in its middle, cut exactly as by
+    ADM's center_crop_arr (guided-diffusion). Raises UserError for an unreadable file."""
+    # The shorter side is halved while it is twice too long, then resized to `size`.
     image = load_image(path, channels)
-    scale = min(image.size) / size  # source pixels for each pixel
-    left, top = ((round(side / scale) - size) // 2 * scale for side in image.size)
-    box = (left, top, left + size * scale, top + size * scale)
-    pixels = np.array(image.resize((size, size), Image.BICUBIC, box))
+    while min(image.size) >= 2 * size:
+        image = image.resize([side // 2 for side in image.size], Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    left, top = [(side - size) // 2 for side in image.size]
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
     return torch.from_numpy(pixels).reshape(size, size, channels).permute(2, 0, 1).contiguous()
 
 
@@ -237,25 +516,29 @@ class Codec:
     """Images <-> latents. This one works in pixel space: the latent is the image in [-1, 1]."""
 
     name = "none"  # what checkpoints call it
-    scale = 1.0  # the factor that latents are multiplied with
+    scale = 1.0  # latents are multiplied with it,
+    shift = 0.0  # after this has been subtracted
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int]:
         """Channels and side of the latents of square images. UserError if they do not fit."""
         return channels, size
 
-    def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (B, channels, height, width) -> mean and standard deviation, both (B, C, H, W), of
         the latent's distribution given the image, in fp32."""
         mean = images.float() / 127.5 - 1
         return mean, torch.zeros_like(mean)  # in pixel space an image has exactly one latent
 
-    def encode(self, images: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
         """The mean, or with standard normal eps (B, C, H, W) a sample of that distribution."""
         mean, std = self.moments(images)
         return mean if eps is None else mean + std * eps
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """float (B, C, H, W) -> uint8 (B, channels, height, width); the inverse of encode."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) -> uint8 (B, channels, height, width), the inverse of encode. Raises
+        FloatingPointError for latents that are not finite, which would become black pixels."""
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError("an image to decode is not finite")
         # 128 = 127.5 + 0.5, which rounds, since byte() truncates.
         return (127.5 * latents.float() + 128).clamp(0, 255).byte()
 
@@ -268,12 +551,17 @@ class VAE(Codec):
     """
 
     def __init__(self, name: str, device: torch.device):
+        """name: a folder, or a name on the hub. Raises UserError where there is no whole VAE."""
         from diffusers import AutoencoderKL
 
+        options = {"low_cpu_mem_usage": False, "output_loading_info": True}
         try:
-            vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+            vae, found = AutoencoderKL.from_pretrained(name, **options)
         except OSError as error:
-            raise UserError(f"--vae {name} is no folder, nor found on the hub ({error})") from None
+            where = f"--vae {name} is no folder, nor found on the hub"
+            raise UserError(f"{where}; give its folder with --vae ({error})") from None
+        if found["missing_keys"]:
+            raise UserError(f"--vae {name} lacks weights, such as {found['missing_keys'][0]}")
         self.name = name
         self.scale = float(vae.config.scaling_factor)  # 0.18215 for the VAE of the paper
         self.shift = float(vae.config.get("shift_factor") or 0)
@@ -282,19 +570,22 @@ class VAE(Codec):
         self.vae = vae.to(device).eval().requires_grad_(False)
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int]:
+        """As Codec's: size must be a multiple of `factor`, and channels 3."""
         if channels != 3 or size % self.factor:
             need = f"3 channels and a multiple of {self.factor} pixels"
             raise UserError(f"--vae {self.name} needs {need}, not {channels} and {size}")
         return self.channels, size // self.factor
 
     @torch.no_grad()
-    def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As Codec's, of the VAE's posterior."""
         # The scaling factor brings latents to a standard deviation near 1, that of the noise.
         posterior = self.vae.encode(images.to(self.vae.device) / 127.5 - 1).latent_dist
         return self.scale * (posterior.mean - self.shift), self.scale * posterior.std
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
+        """As Codec's, by the VAE's decoder."""
         images = []
         for part in latents.to(self.vae.device).split(32):  # decoding takes much memory
             images.append(super().decode(self.vae.decode(part / self.scale + self.shift).sample))
@@ -304,6 +595,19 @@ class VAE(Codec):
 def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
     """The codec that --vae or a checkpoint names; "none" is pixel space. Raises UserError."""
     return Codec() if name == "none" else VAE(name, torch.device(device))
+
+
+def checkpoint_codec(checkpoint: dict, device: torch.device, vae: str | None = None) -> Codec:
+    """The codec of a checkpoint, whose VAE may have moved to `vae`. UserError if it is another."""
+    codec = load_codec(vae or checkpoint["codec"], device)
+    channels, _ = codec.latent_shape(checkpoint["channels"], checkpoint["image_size"])
+    found = (codec.scale, codec.shift, channels)
+    config = checkpoint["config"]
+    trained = (checkpoint["scale"], checkpoint["shift"], config["latent_channels"])
+    if found != trained:
+        what = f"scale, shift and channels are {found}, in training they were {trained}"
+        raise UserError(f"--vae {codec.name}: {what}")
+    return codec
 
 
 # ------------------------------------------------------------------ checkpoints, files, processes
@@ -316,35 +620,63 @@ def load_checkpoint(path: Path | str) -> dict:
     pickle that carries code is refused. Raises UserError that names the file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if checkpoint["format"] != "dod-3":
-            raise ValueError
+        version = checkpoint["format"]
     except Exception as error:  # no such file, a bad zip, a bad pickle, code in a pickle, ...
         reason = type(error).__name__
-        raise UserError(f"{path} is not a checkpoint of this train.py ({reason})") from None
-    return checkpoint | {"path": str(path)}
+        raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from None
+    if version != "dod-4":
+        raise UserError(f"{path} has the format {version} of another version; here it is dod-4")
+    return checkpoint
 
 
-def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> DoD:
+def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> FiTv2 | DoD:
     """The EMA model of a checkpoint, ready to sample from, in fp32. Raises UserError."""
     try:
-        model = DoD(Config(**checkpoint["config"]))
+        model = build_model(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["ema"])
     except (TypeError, RuntimeError) as error:
-        raise UserError(f"{checkpoint['path']}: weights and config do not fit ({error})") from None
+        raise UserError(f"the checkpoint's weights and config do not fit ({error})") from None
     return model.to(device).eval()
 
 
-def refuse_existing(path: str, suffix: str | None = None) -> None:
+def shuffled_order(count: int) -> np.ndarray:
+    """The order in which `count` images of a data set are split; train.py holds out the first."""
+    return np.random.default_rng(0).permutation(count)
+
+
+@lru_cache(maxsize=1)
+def open_latents(file: Path) -> tuple:
+    """A cache's latents.npy -> the open file, where its data begin, the shape of a record."""
+    opened = open(file, "rb", buffering=0)
+    np.lib.format.read_magic(opened)
+    shape, _, _ = np.lib.format.read_array_header_1_0(opened)
+    return opened, opened.tell(), shape[1:]
+
+
+def read_latents(file: Path, i: int) -> Tensor:
+    """The moments of image i and of its mirror image: fp16 (2 flips, 2 moments, C, H, W). Raises
+    UserError if the file ends before."""
+    # pread takes the place as an argument: workers may share the file, and nothing is mapped.
+    opened, begin, shape = open_latents(file)
+    size = 2 * math.prod(shape)  # bytes
+    record = os.pread(opened.fileno(), size, begin + int(i) * size)
+    if len(record) < size:
+        raise UserError(f"{file} is damaged: it ends before image {i}")
+    return torch.frombuffer(bytearray(record), dtype=torch.float16).view(shape)
+
+
+def refuse_existing(path: Path | str, suffix: str | None = None) -> None:
     """Nothing that the user names is overwritten. Checked before any work; raises UserError."""
     if Path(path).exists():
-        raise UserError(f"{path} exists; give another name, or remove it")
+        raise UserError(f"{path} exists already; give another name")
     if suffix and Path(path).suffix != suffix:
         raise UserError(f"{path} should end in {suffix}")
 
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary name; what is written there takes the place of `path`, whole or never."""
+    """Yields a temporary name; what is written there takes the place of `path`, whole or never.
+    Raises UserError if the disk is full."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".dod-{path.name}")
@@ -353,11 +685,16 @@ def replacing(path: Path | str) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # the content reaches the disk before the name does
         os.replace(temporary, path)  # atomic
+    except (OSError, RuntimeError) as error:
+        # torch.save's writer, in inline_container.cc, does not say that the disk is full.
+        if "inline_container" not in str(error) and getattr(error, "errno", 0) != errno.ENOSPC:
+            raise
+        raise UserError(f"could not write {path}, is the disk full? ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def processes() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of ranks: torchrun's RANK and WORLD_SIZE, else 0 and 1."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -365,26 +702,27 @@ def processes() -> tuple[int, int]:
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the other ranks, if there are any: through NCCL between GPUs, else through gloo."""
-    if processes()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         gpu = device if device.type == "cuda" else None
         # The timeout leaves rank 0 the time to draw and to save, while the others wait.
         hours = timedelta(hours=2)
         dist.init_process_group("nccl" if gpu else "gloo", timeout=hours, device_id=gpu)
     yield
     # Not in a `finally`: after an error there is nobody to wait for.
+    barrier()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 
-def wait() -> None:
+def barrier() -> None:
     """Waits for the other ranks, if there are any."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU, if any, and with torchrun each rank's own."""
+    """The device of that name; "auto" is the GPU, if any, and with torchrun each rank's own. Raises
+    UserError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -414,227 +752,6 @@ def run_command(main: Callable[[], None]) -> None:
         message = f"out of memory; lower --batch-size, or raise train.py's --grad-accum ({error})"
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)  # like argparse, for a mistake of the user
-
-
-# ------------------------------------------------------------------------------------------ command
-
-
-def sample_set(args, model: DoD, codec: Codec, classes: list[int], settings: dict) -> None:
-    """--npz FILE.npz: images of the last stage in one file for guided-diffusion's evaluator, arr_0
-    uint8 (n, H, W, 3) and arr_1 their classes, and in a folder FILE as NUMBER-CLASS.png.
-    The ranks take turns in chunks of --batch-size numbers. Image n is a function of (seed, n), so
-    after an interruption --start draws the rest into another file. settings: generate's.
-    """
-    # The folder says of itself what it holds.
-    rank, ranks = processes()
-    folder = Path(args.npz.removesuffix(".npz"))
-    folder.mkdir(parents=True, exist_ok=True)  # whichever rank comes first
-    if rank == 0:
-        (folder / "about.json").write_text(json.dumps(vars(args) | settings, indent=1))
-
-    # CHOICE: labels are random unless told otherwise, as with SiT, FiTv2, DiT and ADM. The same
-    # number of each class probably gives a lower FID.
-    numbers = range(args.start, args.start + args.number)
-    y = {n: classes[n % len(classes)] for n in numbers}
-    if args.labels == "random":
-        rngs = {n: np.random.default_rng((args.seed, LABEL_STREAM, n)) for n in numbers}
-        y = {n: classes[rng.integers(len(classes))] for n, rng in rngs.items()}
-
-    # This rank's share.
-    files = {n: folder / f"{n:06}-{y[n]}.png" for n in numbers}
-    chunks = [numbers[i : i + args.batch_size] for i in range(0, len(numbers), args.batch_size)]
-    for chunk in tqdm(chunks[rank::ranks], unit="chunk", disable=rank > 0):
-        labels = torch.tensor([y[n] for n in chunk], device=model.cos.device)
-        samples, _ = generate(model, labels, **settings, start=chunk.start, batch_size=len(chunk))
-        images = codec.decode(samples[-1]).expand(-1, 3, -1, -1)  # grey becomes RGB
-        for n, pixels in zip(chunk, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-            Image.fromarray(pixels).save(files[n], compress_level=1)
-    wait()  # until all files are there
-
-    # The .npz is made from the files, image by image: 50,000 of 256 x 256 take 9.8 GB of memory.
-    if rank == 0:
-        images = np.empty((len(files), *images.shape[2:], 3), np.uint8)  # (n, H, W, 3)
-        for i, file in enumerate(files.values()):
-            images[i] = Image.open(file)
-        with replacing(args.npz) as temporary:
-            np.savez(temporary, arr_0=images, arr_1=np.array(list(y.values())))
-        print(f"wrote {args.number} images to {args.npz} and {folder}")
-
-
-# Defaults are shown in --help, and flags may not be abbreviated.
-Parser = partial(ArgumentParser, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-
-
-def at_least(kind: type, low: float, high: float = math.inf) -> Callable:
-    """An argparse type: a finite number of `kind`, low <= number <= high."""
-
-    def number(text: str):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise ArgumentTypeError(f"{text}: must lie between {low:g} and {high:g}")
-        return value
-
-    number.__name__ = kind.__name__  # for argparse's own message, "invalid int value"
-    return number
-
-
-def interval(text: str) -> tuple[float, float]:
-    """An argparse type: two times LO,HI with 0 <= LO < HI <= 1."""
-    low, high = map(float, text.split(","))
-    if not 0 <= low < high <= 1:
-        raise ArgumentTypeError(f"{text}: LO must be below HI, both between 0 and 1")
-    return low, high
-
-
-def parse_classes(text: str, names: list[str]) -> list[int]:
-    """ "cat,dog", "A-J" (single letters), or "207,360" if no name is a number -> class numbers."""
-    letters = [name for name in names if len(name) == 1 and name.isalpha()]
-    numbers = [] if any(name.isdecimal() for name in names) else list(map(str, range(len(names))))
-    chosen = []
-    for word in text.split(","):
-        first, _, last = word.partition("-")
-        if word in names:
-            chosen.append(names.index(word))
-        elif first in letters and last in letters:
-            chosen += [names.index(name) for name in letters if first <= name <= last]
-        elif word in numbers:
-            chosen.append(int(word))
-        else:
-            raise UserError(f"class {word!r} is unknown; there are {', '.join(names[:20])} ...")
-    return chosen
-
-
-def add_sampling_flags(parser: ArgumentParser) -> None:
-    """The flags of sampling that sample.py and evaluate.py share."""
-    add = parser.add_argument
-    drops = "what the unconditional branch drops: class and prior, or the prior alone"
-    add("--guide-on", choices=["both", "prior"], default="both", help=drops)
-    add("--cfg-channels", type=at_least(int, 1), help="guide only the first channels")
-    times = "LO,HI: prior and guidance act at these times only; for --solver euler"
-    add("--interval", type=interval, help=times)
-    add("--seed", type=at_least(int, 0), default=0, help="the same seed, the same images")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-
-
-DEFAULT_OUT = "out/samples.png"
-# The flags that generate() takes as they are.
-SETTINGS = ["guide_on", "cfg_channels", "interval", "solver", "steps", "seed"]
-
-
-def parse(argv: list[str]) -> Namespace:
-    """The flags."""
-    parser = Parser()
-    natural = at_least(int, 1)
-    add = parser.add_argument
-    add("--ckpt", default=str(SHIPPED), help="checkpoint of train.py")
-    add("--classes", help="names or numbers, or A-J; default: the first ten, in a set all")
-    add("--stages", type=natural, help="default: 3, in a set 2, without LEM 1")
-    add("--cfg", type=at_least(float, 1), help="guidance with a prior; default: the model's")
-    add("--cfg-stage1", type=at_least(float, 1), default=1.0, help="guidance in stage 1; 1 is off")
-    add("--solver", choices=["dopri5", "euler"], default="dopri5", help="RK45 or Euler's method")
-    add("--steps", type=natural, default=50, help="Euler steps in each stage")
-    add("--batch-size", type=natural, default=256, help="images sampled at a time")
-    # bf16 rounds v too coarsely for RK45, whose error estimate then sees noise.
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: faster, for Euler")
-    add_sampling_flags(parser)
-
-    add = parser.add_argument_group("for a grid of images").add_argument
-    add("--per-class", type=natural, default=4, help="images of each class in each stage")
-    add("--prior", help="a.png,b.png: your images as priors down, classes across, one stage")
-    add("--mix", type=at_least(int, 2), help="so many mixtures of the tokens of two --prior images")
-    add("--out", help="image to write; default: out/samples.png, which is replaced")
-
-    # torchrun takes --num for an abbreviation of one of its own flags, hence --number.
-    add = parser.add_argument_group("for a set of samples, also with torchrun").add_argument
-    add("--npz", help="FILE.npz to write, and a folder FILE of PNG files")
-    add("--number", type=natural, default=50_000, help="images in the set")
-    add("--start", type=at_least(int, 0), default=0, help="number of the first image")
-    add("--labels", choices=["random", "balanced"], default="random", help="classes in the set")
-    return parser.parse_args(argv)
-
-
-@torch.no_grad()
-def sample_priors(args, model, codec, checkpoint, classes, settings) -> None:
-    """Draws a matrix, the --prior images down and classes across, the same noise in each row. With
-    --mix, the rows lead from the latent tokens L_hat of the first prior to those of the second."""
-    paths = args.prior.split(",")
-    if not model.config.N or (args.mix and len(paths) != 2):
-        raise UserError("--prior needs a model with LEM, and --mix two images")
-    size = (checkpoint["image_size"], checkpoint["channels"])
-    images = torch.stack([open_image(path, *size) for path in paths])
-
-    # What passes the bottleneck: (n, N, d_e), and with --mix (mix, N, d_e). A mixture of tokens is
-    # no image that could be shown beside its row.
-    y = torch.tensor(classes, device=model.cos.device)
-    z0 = codec.encode(images.to(y.device))  # (n, C, H, W)
-    l_hat = model.lem.encode(z0)  # Eq. 6
-    if args.mix:
-        weights = torch.linspace(0, 1, args.mix, device=y.device).view(-1, 1, 1)
-        l_hat = torch.lerp(l_hat[:1], l_hat[1:], weights)
-        blank = torch.full_like(images[:1], 255).expand(args.mix - 2, -1, -1, -1)
-        images = torch.cat([images[:1], blank, images[1:]])
-
-    # One stage for each row: the same prior for every class, the same noise for every prior.
-    z1 = noise(z0.shape[1:], settings.pop("seed"), range(len(y)), 0).to(y.device)
-    w = args.cfg or model.config.cfg
-    names = [checkpoint["classes"][k] for k in classes]
-    rows = []
-    for tokens, image in zip(l_hat, images, strict=True):
-        e_s = model.prior_mlp(model.lem.decode(tokens[None])).expand(len(y), -1, -1)
-        sample, _ = sample_stage(model, z1, y, e_s, w, **settings)
-        rows.append(torch.cat([image[None], codec.decode(sample).cpu()]))
-    draw_grid(args.out or DEFAULT_OUT, [(f"w = {w:g}", torch.cat(rows))], ["prior", *names])
-
-
-def main() -> None:
-    """Reads the flags, loads the model and draws a grid, a matrix of priors, or a set."""
-    # Check what would be written before any work is done, on one of the ranks.
-    args = parse(sys.argv[1:])
-    rank, ranks = processes()
-    if args.prior and args.npz or ranks > 1 and not args.npz:
-        raise UserError("--npz excludes --prior, and several ranks are for --npz alone")
-    if args.npz and rank == 0:
-        refuse_existing(args.npz, ".npz")
-        refuse_existing(args.npz.removesuffix(".npz"))
-    if args.out:
-        refuse_existing(args.out, ".png")
-
-    # The model, and the classes to draw.
-    checkpoint = load_checkpoint(args.ckpt)  # on the CPU
-    device = pick_device(args.device)
-    model = load_model(checkpoint, device)
-    codec = load_codec(checkpoint["codec"], device)
-    names = checkpoint["classes"]  # with --class-groups, the groups' names
-    classes = list(range(len(names) if args.npz else min(10, len(names))))
-    if args.classes:
-        classes = parse_classes(args.classes, names)
-
-    # bf16 autocast wraps the backbone, not the codec.
-    if args.precision == "bf16":
-        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-
-    # The user's own priors take one stage. Else three are worth a look, two a score (section 4.2).
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    if args.prior:
-        return sample_priors(args, model, codec, checkpoint, classes, settings)
-    default = 2 if args.npz else 3
-    stages = args.stages or (default if model.config.N else 1)
-    if args.cfg and stages == 1:
-        raise UserError("--cfg is for stages with a prior; --cfg-stage1 guides stage 1")
-    later = [args.cfg or model.config.cfg] * (stages - 1)  # all stages with a prior
-    settings |= {"stages": stages, "cfg": [args.cfg_stage1, *later]}
-    if args.npz:
-        with process_group(torch.device("cpu")):  # ranks share files, not tensors: gloo will do
-            return sample_set(args, model, codec, classes, settings)
-
-    # A grid: a block of images for each stage, a column for each class.
-    y = torch.tensor(classes * args.per_class, device=device)
-    samples, nfe = generate(model, y, **settings, batch_size=args.batch_size)
-    blocks = []
-    for w, z0, n in zip(settings["cfg"], samples, nfe, strict=True):
-        blocks.append((f"stage {len(blocks) + 1}\nw = {w:g}", codec.decode(z0)))
-        print(f"stage {len(blocks)}: {n.double().mean():.1f} evaluations for each image")
-    draw_grid(args.out or DEFAULT_OUT, blocks, [names[k] for k in classes])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ modules. Tests are named after what the paper says.
 """
 
 import copy
+import errno
+import hashlib
 import json
 import math
 import multiprocessing
@@ -43,7 +45,8 @@ import lem
 import model
 import sample
 import train
-from model import CONFIGS, Config, DoD, UserError
+from model import CONFIGS, Config, DoD, FiTv2, UserError, build_model
+from sample import Sampler
 
 # A model small enough for every test: T = 16 tokens, patches of 2 * 2 * 3 = 12 numbers.
 TINY = Config(
@@ -53,14 +56,14 @@ TINY = Config(
 # Threads do not help small models, and disturb each other on a busy machine.
 torch.set_num_threads(1)  # in this process
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
-NONE = torch.tensor([], dtype=torch.long)  # `keep` when no image of the batch keeps its prior
-HALF = torch.tensor([0, 3, 4])  # `keep` when three images of batch() keep theirs
+NONE = torch.tensor([], dtype=torch.long)  # `with_prior` if no image of the batch keeps its prior
+HALF = torch.tensor([0, 3, 4])  # `with_prior` if three images of batch() keep theirs
 
 
 def awake(config: Config = TINY, seed: int = 0) -> DoD:
     """A DoD whose zero-initialised layers are not zero, so that every input matters."""
     torch.manual_seed(seed)
-    dod = DoD(config)
+    dod = build_model(config)
     for p in dod.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return dod.eval()
@@ -86,6 +89,10 @@ def close(a, b, tolerance: float = 1e-5) -> bool:
 
 
 def test_eq1_the_path_joins_data_and_noise_at_constant_velocity():
+    # The example of the docstring, and that of guide's.
+    point = flow.interpolate(*torch.tensor([[2.0], [-1.0], [0.25]]))
+    assert point.item() == 1.25 and flow.guide(v_c=2.0, v_u=1.0, w=3.0) == 4
+
     x0, x1, _, t = batch()
     assert torch.equal(flow.interpolate(x0, x1, torch.zeros(6)), x0)
 
@@ -94,17 +101,17 @@ def test_eq1_the_path_joins_data_and_noise_at_constant_velocity():
     assert close(4 * moved, x1 - x0)
 
 
-@pytest.mark.parametrize("keep", [NONE, HALF, torch.arange(6)], ids=["none", "half", "all"])
-def test_eq3_each_image_sees_its_own_prior_or_the_sample_token(keep):
+@pytest.mark.parametrize("with_prior", [NONE, HALF, torch.arange(6)], ids=["none", "half", "all"])
+def test_eq3_each_image_sees_its_own_prior_or_the_sample_token(with_prior):
     dod = awake()
     x0, x1, y, t = batch()
-    loss = flow.rectified_flow_loss(dod, x0, y, x1, t, keep)
+    loss = flow.rectified_flow_loss(dod, x0, y, x1, t, with_prior)
 
     # The model alone, on one image after another.
     alone = []
     for i in range(6):
         one = slice(i, i + 1)
-        e_s = dod.visual_prior(x0[one]) if i in keep else None
+        e_s = dod.visual_prior(x0[one]) if i in with_prior else None
         v = dod(flow.interpolate(x0[one], x1[one], t[one]), t[one], y[one], e_s)
         alone.append((x1[one] - x0[one] - v).square().mean())
     assert close(loss, torch.stack(alone))
@@ -136,10 +143,10 @@ def test_eq11_times_are_logit_normal():
 @pytest.mark.parametrize("p_s", [0, 0.25, 0.5, 0.9, 1])
 def test_section_3_3_exactly_p_s_of_a_batch_and_of_each_share_lose_their_prior(p_s):
     for n in (1, 5, 8, 63, 256):
-        keep = flow.keeps_prior(n, p_s)
-        assert (len(keep), sum(keep)) == (n, n - round(p_s * n))
-        share = keep[n // 3 : n // 2]
-        assert abs(sum(share) - (1 - p_s) * len(share)) <= 1
+        kept = flow.keeps_prior(n, p_s)
+        assert (kept.dtype, len(kept), kept.sum()) == (torch.bool, n, n - round(p_s * n))
+        share = kept[n // 3 : n // 2]
+        assert abs(share.sum() - (1 - p_s) * len(share)) <= 1
 
 
 def oscillator(x, t, rows):
@@ -235,12 +242,20 @@ def test_eq5_first_stage_uses_the_sample_token_and_later_ones_a_prior_for_each_t
         x = block(x, silu_c, dod.W_g(silu_c), *model.rope_2d(16, 4))
     shift, scale = dod.final.adaln(silu_c).chunk(2, dim=-1)
     x = dod.final.linear(F.layer_norm(x, [32], eps=1e-6) * (1 + scale) + shift)
-    assert close(dod(x_t, t, y, prior), dod.unpatchify(x))
+    assert close(dod(x_t, t, y, prior), lem.unpatchify(x, 2))
+
+    # FiTv2 has the same backbone and the condition e_c + e_t: that of a DoD with S = 0.
+    plain = build_model(replace(TINY, N=0))
+    assert type(plain) is FiTv2 and type(dod) is DoD
+    plain.load_state_dict(dod.state_dict(), strict=False)
+    dod.S.data.zero_()
+    assert torch.equal(plain(x_t, t, y), dod(x_t, t, y))
 
 
 def test_eq6_the_encoder_is_the_written_out_formula_with_vit_blocks():
     dod = awake(replace(TINY, heads=4, encoder_depth=3, decoder_depth=2))
     assert (len(dod.lem.encoder), len(dod.lem.decoder)) == (3, 2)
+    assert [block.heads for block in (*dod.lem.encoder, *dod.lem.decoder)] == [2] * 5
     x0, _, _, _ = batch()
 
     # L_hat = Enc((e_p + PE) ⊕ L), of which the latent tokens are kept.
@@ -325,7 +340,7 @@ def test_eq10_modulation_is_a_shared_part_plus_a_block_s_own():
 
 def test_a_new_model_says_v_0_and_has_no_modulation_yet():
     torch.manual_seed(0)
-    dod = DoD(replace(TINY, d=512, N=64, d_e=512, num_classes=500))
+    dod = build_model(replace(TINY, d=512, N=64, d_e=512, num_classes=500))
 
     # Modulations and the last layer are zero, the other linear layers Xavier-uniform, biases zero;
     # the class table, S, L and M come from N(0, 0.02).
@@ -341,15 +356,18 @@ def test_a_new_model_says_v_0_and_has_no_modulation_yet():
 
 def test_table1_parameters_heads_and_guidance_scales():
     # In millions: the backbone's and LEM's. The paper rounds them to 27 + 21, 105 + 86 and so on.
-    configs = [CONFIGS[name] for name in ("DoD-S", "DoD-B", "DoD-XL", "FiTv2-B", "FiTv2-XL")]
+    # The last two are our own, in miniature: FiTv2-Ti is a layer deeper than DoD-Ti's backbone.
+    names = "DoD-S DoD-B DoD-XL FiTv2-B FiTv2-XL DoD-Ti FiTv2-Ti"
+    configs = [CONFIGS[name] for name in names.split()]
     counts = torch.tensor([model.count_parameters(config) for config in configs]).T / 1e6
-    paper = [[26.53, 104.96, 527.13, 128.15, 671.05], [21.47, 85.71, 85.71, 0, 0]]
+    backbone = [26.53, 104.96, 527.13, 128.15, 671.05, 1.13, 1.32]
+    paper = [backbone, [21.47, 85.71, 85.71, 0, 0, 0.62, 0]]
     assert (counts - torch.tensor(paper)).abs().max() < 0.006
 
     # Heads are not seen in these numbers, nor are defaults and section 4.2's guidance scales.
-    assert [config.heads for config in configs] == [6, 12, 16, 12, 16]
+    assert [config.heads for config in configs] == [6, 12, 16, 12, 16, 4, 4]
     assert [config.lem_heads for config in configs[:3]] == [6, 12, 12]
-    assert [config.cfg for config in configs[:3]] == [5.5, 5.5, 3.5]
+    assert [config.w for config in configs[:3]] == [5.5, 5.5, 3.5]
     assert CONFIGS["DoD-B"] == Config()
 
 
@@ -376,9 +394,9 @@ def test_table4_compute_and_what_a_stage_really_runs(capsys):
     dod = awake()
     x0, x1, y, t = batch()
     macs = model.count_macs(TINY)
-    assert measure(stage, x0, x1, y, t) == 6 * model.stage_macs(macs, with_prior=2, without=1)
+    assert measure(stage, x0, x1, y, t) == 6 * model.stage_macs(macs, per_token=2, per_image=1)
     loss = partial(measure, flow.rectified_flow_loss, dod, x0, y, x1, t)
-    assert loss(HALF) == 3 * (macs["lem"] + macs["e_s"]) + 3 * (macs["e_s"] - macs["prior_mlp"])
+    assert loss(HALF) == 3 * (macs["lem"] + macs["prior_mlp"]) + 6 * macs["e_s"]
 
 
 def test_patches_go_back_to_their_places_and_three_sizes_are_refused():
@@ -386,13 +404,13 @@ def test_patches_go_back_to_their_places_and_three_sizes_are_refused():
     x = torch.randn(2, 3, 4, 6)
     assert torch.equal(lem.patchify(x, 2)[:, 5], x[:, :, 2:, 4:].permute(0, 2, 3, 1).flatten(1))
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(DoD(TINY).unpatchify(lem.patchify(x, 2)), x)
+    assert torch.equal(lem.unpatchify(lem.patchify(x, 2), 2), x)
 
     # Each of 36's two heads has 18 channels; RoPE needs fours, and so does PE.
     for wrong in ({"latent_size": 9}, {"d": 36}, {"d_e": 6}):
         with pytest.raises(UserError, match="multiple"):
             replace(TINY, **wrong)
-    assert DoD(replace(TINY, num_classes=1)).null_class == 0  # with one class none is dropped
+    assert build_model(replace(TINY, num_classes=1)).null_class == 0  # with one, none is dropped
 
 
 def test_section_1_patches_pass_everything_on_and_means_a_mean():
@@ -472,6 +490,7 @@ def trained(tmp_path_factory) -> Path:
 def ckpt(trained) -> Path:
     """Its checkpoint with other weights: six steps teach a model little, here all inputs matter."""
     found = sample.load_checkpoint(trained / "ckpt.pt")
+    found["config"]["w"] = 3.0  # not the scale of the presets
     found["ema"] = awake(Config(**found["config"])).state_dict()
     torch.save(found, trained.with_name("awake.pt"))
     return trained.with_name("awake.pt")
@@ -481,11 +500,11 @@ def before_step(monkeypatch, f) -> None:
     """Each step of the runs to come first calls f(step, what it was given)."""
     training_step = train.training_step
 
-    def watched(network, ema, optimizer, batch, keep, step, *rest):
-        lr = optimizer.param_groups[0]["lr"]
-        given = Namespace(network=network, batch=list(batch), keep=keep, lr=lr, rest=rest)
+    def watched(network, ema, optimizer, batch, with_prior, step, *rest):
+        lr = [group["lr"] for group in optimizer.param_groups]
+        given = Namespace(network=network, batch=list(batch), rows=with_prior, lr=lr, rest=rest)
         f(step, given)
-        return training_step(network, ema, optimizer, given.batch, keep, step, *rest)
+        return training_step(network, ema, optimizer, given.batch, with_prior, step, *rest)
 
     monkeypatch.setattr(train, "training_step", watched)
 
@@ -517,27 +536,30 @@ def ended_alike(one: Path, other: Path) -> bool:
     for out in (one, other):
         with zipfile.ZipFile(out / "ckpt.pt") as file:
             end = [file.read(name) for name in sorted(file.namelist()) if "/data/" in name]
-        ends.append(end + records_of(out, "step", "loss", "grad_norm", "held_out_loss"))
+        keys = ("step", "loss", "loss_S", "grad_norm", "lr", "held_out_loss")
+        ends.append(end + records_of(out, *keys))
     return ends[0] == ends[1]
 
 
 def test_section_4_1_one_batch_can_be_learned_by_heart():
     # The first loss is that of v = 0. Its gradient is clipped, and none is left over in step 2.
     torch.manual_seed(0)
-    dod = DoD(TINY)
+    dod = build_model(TINY)
     ema = copy.deepcopy(dod).requires_grad_(False)
     x0, x1, y, t = batch(8)
-    step = partial(train.training_step, dod, ema, keep=[torch.tensor([0, 3, 4, 6])])
+    step = partial(train.training_step, dod, ema, with_prior=[torch.tensor([0, 3, 4])])
     still = torch.optim.AdamW(dod.parameters(), 0.0, weight_decay=0)
     loss, halves, norm = step(still, (100 * x0, 100 * x1, t, y), step=1)
-    assert close(loss, 1e4 * (x1 - x0).square().mean())
+    losses = 1e4 * (x1 - x0).square().flatten(1).mean(1)
+    kept = losses[[0, 3, 4]].sum()
+    assert close(loss, losses.mean()) and close(halves, torch.stack([kept, losses.sum() - kept]))
     assert norm > 10 and close(flat(dod, "grad").norm(), 1.0, 1e-3)
     assert step(still, (100 * x0, 100 * x1, t, y), step=2)[2] == norm
 
     # A hundred and fifty steps on the same images, noises and times.
     optimizer = torch.optim.AdamW(dod.parameters(), 3e-3, weight_decay=0)
     for n in range(1, 151):
-        loss, halves, _ = step(optimizer, (x0, x1, t, y), step=n)
+        loss, _, _ = step(optimizer, (x0, x1, t, y), step=n)
     assert loss < (x1 - x0).square().mean() / 10
 
     # Each step ends with the EMA's, whose decay is (1 + n) / (10 + n) early on.
@@ -548,22 +570,27 @@ def test_section_4_1_one_batch_can_be_learned_by_heart():
 
 
 def test_gradients_are_equal_on_ranks_and_in_micro_batches_and_near_in_bf16(monkeypatch):
-    # Each case is the same model and batch; only the way to the gradient differs.
+    # Each case is the same model and batch; only the way to the gradient and the halves differs.
     x0, x1, y, t = batch(8)
     gradients = []
+    both = []
     for ranks, accum, bf16 in ((1, 1, False), (1, 4, False), (2, 2, False), (1, 1, True)):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         gradients.append(0)
+        both.append(0)
         for rank in range(ranks):
             monkeypatch.setenv("RANK", str(rank))
-            share, keep = train.divide_batch(8, 0.25, accum, True)
+            share, with_prior = train.divide_batch(8, 0.25, accum, True)
             dod = awake().train()
             optimizer = torch.optim.AdamW(dod.parameters(), 0.0, weight_decay=0)
             mine = [part[share] for part in (x0, x1, t, y)]
-            _, _, norm = train.training_step(dod, awake(), optimizer, mine, keep, 1, bf16)
+            given = (dod, awake(), optimizer, mine, with_prior, 1, bf16)
+            _, halves, norm = train.training_step(*given)
+            both[-1] += halves
             gradients[-1] += flat(dod, "grad") * max(norm, 1) / ranks  # as before the clip
     errors = [(other - gradients[0]).norm() / gradients[0].norm() for other in gradients]
     assert max(errors[:3]) < 1e-5 and 1e-4 < errors[3] < 0.05
+    assert close(both[0], both[1]) and close(both[0], both[2]) and close(both[0], both[3], 0.05)
 
 
 def test_noise_times_and_dropped_classes_are_a_function_of_seed_and_step():
@@ -583,54 +610,94 @@ def test_noise_times_and_dropped_classes_are_a_function_of_seed_and_step():
 
 
 def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeypatch, tmp_path):
-    # A run over more than two epochs of 20 images, with all flags that concern a step.
+    # A run over more than three epochs of 15 images, with all flags that concern a step. Five are
+    # held out; what is hidden, such as an editor's copies, is left out.
     steps = []
     before_step(monkeypatch, lambda step, given: steps.append((given, flat(given.network))))
     data = folder(tmp_path / "data")
-    flags = [*QUICK, "--data", data, "--held-out", 0, "--seed", 4, "--class-groups", 2]
-    flags += ["--p-s", 0.25, "--lr", 0.01, "--warmup", 2, "--ema-decay", 0.5]
-    assert run(train, *flags, "--precision", "bf16", "--out", tmp_path / "out") == 0
+    shutil.copytree(data / "a", data / ".hidden")
+    (data / "a/._0.png").write_text("no image")
+    flags = [*QUICK, "--data", data, "--held-out", 0.25, "--seed", 4, "--class-groups", 2]
+    flags += ["--p-s", 0.25, "--lr", 0.01, "--lem-lr-factor", 0.5, "--warmup", 2]
+    flags += ["--ema-decay", 0.5, "--precision", "bf16", "--out", tmp_path / "out"]
+    assert run(train, *flags) == 0
 
     # What each step should have been given, put together by hand. Images are mirrored by default.
-    images, _, _ = train.load_data(str(data), 8, 3, 0)
-    orders = [np.random.default_rng((4, 1, epoch)).permutation(20) for epoch in range(3)]
-    for step, (given, _) in enumerate(steps, 1):
-        numbers = np.concatenate(orders)[8 * step - 8 : 8 * step]
-        flips = np.random.default_rng((4, 0, step)).random(8) < 0.5
+    images, held_out, _ = train.load_data(str(data), 8, 3, 0.25, 2)
+    assert [*held_out.rows, *images.rows] == [*np.random.default_rng(0).permutation(20)]
+    assert (images.classes, images.original_classes) == (["a-c", "d-e"], [*"abcde"])
+
+    def read(data, numbers, flips):
+        """-> latents and the model's classes of some images."""
         x0 = []
         y = []
-        for i, flipped in zip(numbers, flips, strict=True):
-            file = Path(images.members[images.rows[i]])
+        for i, flipped in zip(numbers, flips, strict=False):
+            file = Path(data.members[data.rows[i]])
             x0.append(np.array(Image.open(file))[:, :: -1 if flipped else 1] / 127.5 - 1)
             y.append("abcde".index(file.parent.name) * 2 // 5)
+        return torch.tensor(np.stack(x0)).permute(0, 3, 1, 2).float(), torch.tensor(y)
+
+    orders = [np.random.default_rng((4, 1, epoch)).permutation(15) for epoch in range(4)]
+    kept = flow.keeps_prior(8, 0.25).nonzero().squeeze(1)
+    for step, (given, _) in enumerate(steps, 1):
+        numbers = np.concatenate(orders)[8 * step - 8 : 8 * step]
+        x0, y = read(images, numbers, np.random.default_rng((4, 0, step)).random(8) < 0.5)
         config = given.network.config
         x1, _, t, dropped = train.draw_noise(4, step, 8, config, torch.Generator())
-        assert close(given.batch[0], torch.tensor(np.stack(x0)).permute(0, 3, 1, 2).float())
+        assert close(given.batch[0], x0)
         assert torch.equal(given.batch[1], x1) and torch.equal(given.batch[2], t)
-        assert torch.equal(given.batch[3], torch.tensor(y).where(~dropped, 2))  # 2: the null class
-        assert given.keep[0].tolist() == [i for i, k in enumerate(flow.keeps_prior(8, 0.25)) if k]
-        assert given.rest == (True, 0.5)
+        assert torch.equal(given.batch[3], y.where(~dropped, 2))  # 2: the null class
+        assert torch.equal(*given.rows, kept) and given.rest == (True, 0.5)
 
-    # The rate warms up; the first weights are a function of the seed.
-    assert [given.lr for given, _ in steps] == [0.005, *[0.01] * 5]
+    # The rates warm up, LEM's and its MLP's at half of the other; the seed gives the first weights.
+    assert [given.lr for given, _ in steps] == [[0.005, 0.0025], *[[0.01, 0.005]] * 5]
     torch.manual_seed(4)
-    assert torch.equal(steps[0][1], flat(DoD(config)))
+    assert torch.equal(steps[0][1], flat(build_model(config)))
+
+    # The held-out loss is that of the EMA weights, in fp32, with the noise of step 0, no class
+    # dropped, in two halves.
+    saved = sample.load_checkpoint(tmp_path / "out/ckpt.pt")
+    groups = saved["optimizer"]["param_groups"]
+    own = [n for n, _ in given.network.named_parameters() if n.startswith(("lem", "prior_mlp"))]
+    assert len(groups[1]["params"]) == len(own)
+    x0, y = read(held_out, range(5), [False] * 5)
+    x1, _, t, _ = train.draw_noise(4, 0, 5, config, torch.Generator())
+    kept = flow.keeps_prior(5, 0.25)
+    with torch.no_grad():
+        rows = kept.nonzero().squeeze(1)
+        losses = flow.rectified_flow_loss(sample.load_model(saved), x0, y, x1, t, rows)
+    expected = [losses.mean(), losses[kept].mean(), losses[~kept].mean()]
+    keys = ("held_out_loss", "held_out_loss_prior", "held_out_loss_S")
+    assert records_of(tmp_path / "out", *keys)[-1] == pytest.approx(torch.stack(expected).tolist())
+
+    # In training, six images of a batch have their prior and two have S. The interval had a step.
+    keys = ("loss", "loss_prior", "loss_S", "lr", "images_per_s", "seconds", "waiting_for_data")
+    *found, lr, speed, seconds, waiting = records_of(tmp_path / "out", *keys)[1]
+    assert 8 * found[0] == pytest.approx(6 * found[1] + 2 * found[2]) and lr == 0.01
+    assert speed * seconds == pytest.approx(8) and 0 < waiting < 1
 
 
 def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, monkeypatch, capfd):
-    # SIGTERM arrives in step 3, which is finished and saved.
+    # SIGTERM arrives in step 3, which is finished and saved. No second run may write there.
     flags = [*QUICK, "--steps", "12", "--save-every", "1", "--out"]
     assert run(train, *flags, tmp_path / "whole") == 0
     out = tmp_path / "killed"
-    flags += [str(out), "--resume", "--init", "gone.pt"]
-    before_step(monkeypatch, lambda step, given: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
-    assert run(train, *flags[:-2]) == 130
+    flags += [str(out), "--resume"]
+
+    def disturb(step, given):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(UserError, match="another run"), train.locked(out):
+                pass
+
+    before_step(monkeypatch, disturb)
+    assert run(train, *flags) == 130
     assert "stopped after step 3; the same command with --resume" in capfd.readouterr().out
 
-    # A kill may have left the log ahead of the checkpoint, and its last line cut off.
+    # A kill or a full disk may have left the log ahead of the checkpoint, and damaged lines.
     log = out / "log.jsonl"
     with open(log, "a") as file:
-        file.write('{"step": 5, "loss": 9}\n{"step": 3')
+        file.write('{"step": 5, "loss": 9}\n\0\0{"st\n3\n{"step": 3')
 
     # The processes to be killed come from a server that has imported train.py already.
     server = multiprocessing.get_context("forkserver")  # its children start at once
@@ -649,7 +716,8 @@ def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, 
         process.join()
         sample.load_checkpoint(out / "ckpt.pt")  # it is whole, always
     assert run(train, *flags) == 0
-    assert ended_alike(out, tmp_path / "whole") and not list(out.glob(".*"))
+    assert ended_alike(out, tmp_path / "whole")
+    assert not list(out.glob(".*"))
 
 
 def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path):
@@ -673,7 +741,7 @@ def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path)
     assert run(train, *flags, "--resume", "--out", two) == 0
 
     # The differences are those of rounding.
-    keys = ("step", "loss", "grad_norm", "held_out_loss")
+    keys = ("step", "loss", "loss_prior", "loss_S", "grad_norm", "lr", "held_out_loss_S")
     expected = np.array(records_of(tmp_path / "one", *keys), float)
     assert np.allclose(np.array(records_of(two, *keys), float), expected, rtol=0.01, equal_nan=True)
 
@@ -697,6 +765,33 @@ def test_nothing_bad_takes_the_place_of_a_checkpoint(monkeypatch, tmp_path, capf
     assert ckpt.read_bytes() == good and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_finished_is_saved_before_an_error_ends_a_run(workers, tmp_path, capfd):
+    # The first image of step 2 is unreadable; step 1 is saved.
+    data = folder(tmp_path / "data")
+    flags = [*QUICK, "--data", data, "--held-out", 0.25, "--workers", workers, "--out"]
+    images, held_out, _ = train.load_data(str(data), 8, 3, 0.25)
+    first = images.rows[np.random.default_rng((0, 1, 0)).permutation(15)[8]]
+    file = Path(images.members[first])
+    good = file.read_bytes()
+    file.write_text("no image")
+    assert run(train, *flags, tmp_path / "a") == 2
+    assert f"{file} is not a readable image" in capfd.readouterr().err
+    assert sample.load_checkpoint(tmp_path / "a/ckpt.pt")["step"] == 1
+    assert not multiprocessing.active_children()
+
+    # It is mended, and the run goes on; an error in the held-out loss comes after step 3 is saved.
+    file.write_bytes(good)
+    with patch.object(train, "held_out_loss", Mock(side_effect=UserError("odd"))):
+        assert run(train, *flags, tmp_path / "a", "--resume") == 2
+    assert sample.load_checkpoint(tmp_path / "a/ckpt.pt")["step"] == 3
+
+    # A broken held-out image is noticed before anything is written.
+    Path(held_out.members[held_out.rows[0]]).write_text("no image")
+    assert run(train, *flags, tmp_path / "b") == 2
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, monkeypatch):
     log = records_of(trained, "step", "held_out_loss")
     assert [(step, loss is None) for step, loss in log] == [(2, 1), (3, 0), (4, 1), (6, 0)]
@@ -710,60 +805,93 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
     assert grids[0] != grids[1] == grids[2]
 
     # AdamW without weight decay; for the paper's sizes section 4.1's rate, batch and shares.
+    assert "model" not in sample.load_checkpoint(trained / "ema-0000006.pt")
     found = sample.load_checkpoint(trained / "ckpt.pt")
     assert not torch.equal(found["ema"]["W_g.weight"], found["model"]["W_g.weight"])
     group = found["optimizer"]["param_groups"][0]
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0)
     args = train.parse(["--model", "DoD-XL"])
-    given = (args.lr, args.warmup, args.batch_size, args.ema_decay, args.p_s, args.cfg)
-    assert given == (1e-4, 0, 256, 0.999, 0.5, 3.5)
+    given = (args.lr, args.lem_lr_factor, args.warmup, args.batch_size, args.ema_decay, args.p_s)
+    assert (*given, args.w) == (1e-4, 1, 0, 256, 0.999, 0.5, 3.5)
 
 
-def test_init_takes_what_fits_and_a_run_goes_on_without_a_broken_image(ckpt, tmp_path, capfd):
-    # Another number of classes: all weights but the class table fit.
+def test_a_resumed_run_is_the_run_that_was_started(trained, tmp_path, monkeypatch, capfd):
+    # Every flag on which the result depends is compared.
+    monkeypatch.setattr(train, "build", lambda *given: (None, {}))
+    for flag, value in {
+        "image-size": 12, "channels": 3, "held-out": 0.1, "batch-size": 16, "lr": 1, "warmup": 1,
+        "lem-lr-factor": 0.7, "p-s": 0.25, "flip": "", "seed": 1, "precision": "bf16",
+        "ema-decay": 0.5, "patch-size": 2, "latent-tokens": 4, "prior-from": "means",
+        "class-groups": 2,
+    }.items():  # fmt: skip
+        given = [f"--{flag}", value] if value else [f"--{flag}"]
+        assert run(train, *QUICK, "--out", trained, "--resume", *given) == 2, flag
+        assert "cannot resume" in capfd.readouterr().err, flag
+    monkeypatch.undo()
+
+    # The run goes on when an image has been removed, and says what that means.
     data = folder(tmp_path / "data")
-    flags = [*QUICK, "--data", data, "--channels", 1, "--lr", 0, "--out", tmp_path / "out"]
-    assert run(train, *flags, "--init", ckpt) == 0
-    assert "fresh weights: label.weight\n" in capfd.readouterr().out
-    ends = [sample.load_checkpoint(path)["ema"] for path in (ckpt, tmp_path / "out/ckpt.pt")]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in {*ends[0]} - {"label.weight"})
-
-    # The run goes on when a broken image has been removed, and says so.
+    flags = [*QUICK, "--data", data, "--steps", 1, "--out", tmp_path / "out"]
+    assert run(train, *flags) == 0
     (data / "a/0.png").unlink()
-    assert run(train, *flags, "--steps", 7, "--resume") == 0
+    assert run(train, *flags, "--steps", 2, "--resume") == 0
     assert "files of --data were added, removed or renamed" in capfd.readouterr().out
+
+
+def test_a_line_and_a_picture_say_what_the_prior_is_worth(trained, tmp_path):
+    # Both halves of a batch, which here are alike in size, make up its loss. FiTv2 has none.
+    keys = ("loss", "loss_prior", "loss_S", "held_out_loss", "held_out_loss_prior", "lr")
+    for loss, with_prior, with_S, *_ in records_of(trained, *keys):
+        assert loss == pytest.approx((with_prior + with_S) / 2) and with_prior != with_S
+    flags = [*QUICK, "--latent-tokens", 0, "--steps", 2, "--out", tmp_path / "fit"]
+    assert run(train, *flags) == 0
+    assert records_of(tmp_path / "fit", *keys)[-1].count(None) == 3
+    assert all((out / "loss.png").exists() for out in (trained, tmp_path / "fit"))
+
+    # Below 1%, a warning: once the warm-up is over and a tenth of the steps are done.
+    args = Namespace(warmup=30, steps=500)
+    line = train.worth_of_prior({"step": 31, "loss_S": 0.27, "loss_prior": 0.187}, args)
+    assert line == "step 31: the prior lowers the loss by 0.083 (31%)"
+    for step, warmup, loss, warns in (
+        (51, 30, 0.9901, True), (51, 30, 0.98, False), (49, 30, 1, False), (60, 60, 1, False)
+    ):  # fmt: skip
+        args.warmup = warmup
+        line = train.worth_of_prior({"step": step, "loss_S": 1, "loss_prior": loss}, args)
+        assert ("LEM learns nothing; try a lower --lr" in line) == warns
 
 
 def test_letters_are_a_function_of_their_number_and_held_out_ones_are_others():
     # A letter is training or held out, and drawn alike by anybody who asks for it.
     letters, held_out, _ = train.load_data("letters", 16, 1, 0.1)
     assert sorted([*letters.rows, *held_out.rows]) == list(range(25_000)) and len(held_out) == 2500
+    assert len(train.load_data("letters", 16, 1, 0.5)[1]) == 5000
     images = torch.stack([letters[i, False][0] for i in range(200)])
     train.draw_letter.cache_clear()
     assert torch.equal(images[150], letters[150, False][0])
 
-    # Single letters have ranges, but not numbers, which are sorted as text.
+    # A class has a name, or a number if no name is one. Names are sorted as text.
     numbers = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...
-    with pytest.raises(UserError, match="'0-9' is unknown"):
-        sample.parse_classes("0-9", numbers)
+    assert sample.parse_classes("2,b", ["a", "b", "c"]) == [2, 1]
+    assert sample.parse_classes("2", numbers) == [4]
 
 
-def test_images_are_cropped_as_adm_does_and_transparent_parts_are_white(tmp_path):
-    # guided-diffusion's center_crop_arr, for images that are a smooth random surface.
+def test_images_are_cropped_as_adm_does_and_read_as_they_are_meant(tmp_path):
+    # guided-diffusion's center_crop_arr. The camera of the second half lay on its side.
     rng = np.random.default_rng(0)
     path = tmp_path / "a.png"  # without loss
-    for size in ((256, 400), (520, 188)):
-        rough = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
-        image = rough.resize(size, Image.BICUBIC)
-        image.save(path)
-        while min(image.size) >= 2 * 64:
-            image = image.resize([side // 2 for side in image.size], Image.BOX)
-        scale = 64 / min(image.size)
-        image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
-        left, top = [(side - 64) // 2 for side in image.size]
-        expected = np.array(image)[top : top + 64, left : left + 64] / 1.0
-        error = sample.open_image(path, 64, 3).permute(1, 2, 0).numpy() - expected
-        assert abs(error).mean() < 1 and abs(error).max() < 4
+    for size, turned in ((256, 401), False), ((521, 188), False), ((99, 60), True):
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = 6 if turned else 1  # orientation: turn by 90 degrees, clockwise
+        image.save(path, exif=exif)
+        image = image.transpose(Image.ROTATE_270) if turned else image
+        while min(*image.size) >= 2 * 64:
+            image = image.resize(tuple(x // 2 for x in image.size), Image.BOX)
+        scale = 64 / min(*image.size)
+        image = image.resize(tuple(round(x * scale) for x in image.size), Image.BICUBIC)
+        y, x = ((side - 64) // 2 for side in np.array(image).shape[:2])
+        expected = np.array(image)[y : y + 64, x : x + 64]
+        assert np.array_equal(sample.open_image(path, 64, 3).permute(1, 2, 0), expected)
 
     # Black ink on the left; what is transparent, on the right, is black as well.
     ink = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
@@ -771,6 +899,16 @@ def test_images_are_cropped_as_adm_does_and_transparent_parts_are_white(tmp_path
     ink.convert("P").save(path)
     found = sample.open_image(path, 8, 3)
     assert (found[..., :4] == 0).all() and (found[..., 4:] == 255).all()
+
+    # 16-bit grey k is k / 257 in 8 bits. The range of floats is not known.
+    grey = np.arange(64).reshape(8, 8) * 4
+    for pixels in (257 * grey, 257 * grey + 256):  # the latter is just below the next grey
+        Image.fromarray(pixels.astype(np.uint16)).save(path)
+        assert np.array_equal(sample.open_image(path, 8, 1)[0], grey)
+    for pixels in (np.ones((8, 8), np.float32), np.full((8, 8), 70_000, np.int32)):
+        Image.fromarray(pixels).save(tmp_path / "a.tif")
+        with pytest.raises(UserError, match="a.tif has pixels of unknown range"):
+            sample.open_image(tmp_path / "a.tif", 8, 1)
 
 
 def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tmp_path, capfd):
@@ -787,8 +925,24 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
         run(train, *flags, "--out", tmp_path / "b")
     assert not (tmp_path / "cache/latents.npy").exists()
 
+    # A disk that is too small, and another run that is encoding.
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch.object(os, "posix_fallocate", side_effect=full):
+        assert run(train, *flags, "--out", tmp_path / "b") == 2
+    assert "is the disk full?" in capfd.readouterr().err
+    with train.locked(tmp_path / "cache"):
+        assert run(train, *flags, "--out", tmp_path / "b") == 2
+    assert "another run writes into" in capfd.readouterr().err
+
     # Encoded, then read when the images are gone: the same latents, up to the rounding to fp16.
     assert run(train, *flags, "--steps", 1, "--out", tmp_path / "c") == 0
+    assert "has changed since" not in capfd.readouterr().out
+    shutil.copytree(data / "a", data / "new")
+    assert run(train, *flags, "--steps", 1, "--out", tmp_path / "f") == 0
+    said = capfd.readouterr().out
+    assert "20 images in 5 classes, encoded" in said and "has changed since" in said
+    x0.pop()
+    shutil.rmtree(data / "new")
     data.rename(tmp_path / "moved")
     assert run(train, *flags, "--out", tmp_path / "d") == 0
     assert len(x0) == 13 and all(close(x0[i], x0[i + 7], 0.02) for i in range(6))
@@ -798,6 +952,13 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
     for key, value in (("data", "letters"), ("image-size", 32), ("vae", other)):
         assert run(train, *flags, f"--{key}", value, "--out", tmp_path / "e") == 2
         assert f"was made with {key.replace('-', '_')} " in capfd.readouterr().err
+
+    # Another VAE is refused when a run without a cache goes on.
+    about = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(about | {"shift_factor": 0.25}))
+    moved = ["--data", tmp_path / "moved", "--vae", other, "--resume", "--out", tmp_path / "a"]
+    assert run(train, *flags[:-2], *moved) == 2
+    assert "shift was 0.5, now 0.25" in capfd.readouterr().err
 
     # Workers read the cache, however they are started.
     latents, _, _ = train.open_data(train.parse([*map(str, flags)]), sample.load_codec(vae))
@@ -824,64 +985,59 @@ def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae):
     assert wrong.abs().max() <= 1 and (wrong != 0).double().mean() < 0.01
 
 
-def by_hand(dod, y, cfg, guide_on="both", cfg_channels=3, interval=(0, 1), prior=None):
+def by_hand(dod, y, w, guide_on="both", prior=None):
     """Fig. 3a and section 3.3 written out: three stages of two Euler steps -> their samples."""
     samples = []
     for i in range(3):
-        x = sample.noise((3, 8, 8), 7, range(5, 8), i)
+        x = sample.stage_noise((3, 8, 8), 7, range(5, 8), i)
         e_s = None if prior is None else dod.visual_prior(prior)
         for t in (torch.full((3,), 1.0), torch.full((3,), 0.5)):
-            inside = interval[0] <= t[0] <= interval[1]
-            v = dod(x, t, y, e_s if inside else None)
-
             # The unconditional branch sees neither class nor prior, or the class alone.
-            if inside and cfg[i] > 1:
-                keeps_class = guide_on == "prior" and e_s is not None
-                v_u = dod(x, t, y if keeps_class else torch.full((3,), dod.null_class))
-                v[:, :cfg_channels] += (cfg[i] - 1) * (v - v_u)[:, :cfg_channels]
-            x = x - v / 2
+            keeps_class = guide_on == "prior" and e_s is not None
+            v_u = dod(x, t, y if keeps_class else torch.full((3,), dod.null_class))
+            x = x - (v_u + w[i] * (dod(x, t, y, e_s) - v_u)) / 2
         samples.append(x)
         prior = x
     return samples
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("given, w", [
-    ({}, [1, 5.5, 5.5]),  # section 3.3: unguided in stage 1, then the model's own scale
-    ({"cfg": 4.0, "prior": batch(3)[0]}, [4, 4, 4]),
-    ({"cfg": [3.0, 1.0, 2.0], "guide_on": "prior"}, [3, 1, 2]),
-    ({"cfg": 3.0, "cfg_channels": 2}, [1, 3, 3]),
-    ({"cfg": [2.0, 3.0, 3.0], "interval": (0.5, 0.6)}, [2, 3, 3]),
+@pytest.mark.parametrize("given, settings, w", [
+    ({}, {}, [1, 5.5, 5.5]),  # section 3.3: unguided in stage 1, then the model's own scale
+    ({"w": 4.0, "prior": batch(3)[0]}, {}, [4, 4, 4]),
+    ({"w": [3.0, 1.0, 2.0]}, {"guide_on": "prior"}, [3, 1, 2]),
+    ({"w": 3.0}, {}, [1, 3, 3]),
 ])  # fmt: skip
-def test_fig3a_each_stage_is_guided_by_the_stage_before(given, w):
-    # The network and LEM, which runs once a stage, count their runs.
+def test_fig3a_each_stage_is_guided_by_the_stage_before(given, settings, w):
+    # The network, which a guided evaluation runs twice, and LEM, once a stage, count their runs.
     dod = awake()
     y = torch.tensor([1, 4, 0])
     count = Mock(return_value=None)
     dod.register_forward_hook(count)
     dod.lem.register_forward_hook(count)
-    euler = dict(solver="euler", steps=2, seed=7, start=5)
-    samples, nfe = sample.generate(dod, y, 3, **given, **euler)
+    sampler = Sampler("euler", 2, seed=7, **settings)
+    samples, nfe = sample.generate(dod, y, 3, **given, sampler=sampler, start=5)
     spent = count.call_count
-    expected = by_hand(dod, y, **(given | {"cfg": w}))
+    expected = by_hand(dod, y, w, **settings, prior=given.get("prior"))
     assert all(close(z, e, 1e-4) for z, e in zip(samples, expected, strict=True))
-    assert count.call_count == 2 * spent and [n.tolist() for n in nfe] == [[2] * 3] * 3
+    assert [n.tolist() for n in nfe] == [[2] * 3] * 3
+    assert spent == sum(2 if scale == 1 else 4 for scale in w) + (3 if "prior" in given else 2)
 
 
 def test_an_image_is_a_function_of_seed_and_number_or_is_refused(monkeypatch):
     # The noise is normal, and another one for another seed, number or stage.
-    draw = sample.noise
+    draw = sample.stage_noise
     z = draw((50, 50), 1, range(4), 0)
     assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
     for key in ((2, range(4), 0), (1, range(1, 5), 0), (1, range(4), 1)):
         assert not close(z, draw((50, 50), *key), 0.5)
 
     # All at once, and the last three in batches of two: the same images, in double precision.
-    monkeypatch.setattr(sample, "noise", lambda *key: draw(*key).double())
+    monkeypatch.setattr(sample, "stage_noise", lambda *key: draw(*key).double())
     dod = awake().double()
     y = torch.arange(5)
     prior = batch(5)[0].double()
-    go = partial(sample.generate, dod, seed=3, guide_on="prior")
+    go = partial(sample.generate, dod, sampler=Sampler(seed=3, guide_on="prior"))
     together, _ = go(y, prior=prior)
     last, _ = go(y[2:], prior=prior[2:], start=2, batch_size=2)
     assert all(close(a[2:], b, 1e-6) for a, b in zip(together, last, strict=True))
@@ -889,43 +1045,142 @@ def test_an_image_is_a_function_of_seed_and_number_or_is_refused(monkeypatch):
     # One class leaves stage 1 nothing to guide by; a plain FiTv2 has stage 1 only.
     for config, words in ({"num_classes": 1}, "nothing to guide by"), ({"N": 0}, "stage 1 only"):
         with pytest.raises(UserError, match=words):
-            sample.generate(awake(replace(TINY, **config)), y, cfg=[2.0, 2.0])
+            sample.generate(awake(replace(TINY, **config)), y, w=[2.0, 2.0])
+
+    # Latents that would decode to black.
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample.Codec().decode(torch.tensor([0.5, math.nan]).view(2, 1, 1, 1))
 
 
 SET = ["--device", "cpu", "--solver", "euler", "--steps", 2, "--seed", 7, "--batch-size", 4]
 
 
+def set_of(path: Path, *flags) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a set of samples -> its images and classes."""
+    assert run(sample, *flags, "--npz", path) == 0
+    with np.load(path) as arrays:
+        return arrays["arr_0"], arrays["arr_1"]
+
+
+def drawn(ckpt: Path, y, stages: int, w, **given) -> np.ndarray:
+    """What a set with the flags SET should hold: uint8 (n, rows, columns, 3)."""
+    dod = sample.load_model(sample.load_checkpoint(ckpt))
+    y = torch.as_tensor(y)
+    samples, _ = sample.generate(dod, y, stages, w, Sampler("euler", 2, seed=7), **given)
+    return sample.Codec().decode(samples[-1]).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+
+
 def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(ckpt, tmp_path):
-    # Nine images in one process, in two, and the last three of them alone.
-    flags = ["--ckpt", ckpt, *SET, "--classes", "B-D", "--number"]
-    assert run(sample, *flags, 9, "--npz", tmp_path / "one.npz") == 0
-    assert run(sample, *flags, 3, "--start", 6, "--npz", tmp_path / "last.npz") == 0
+    # Nine images in one process, and in two.
+    flags = ["--ckpt", ckpt, *SET, "--classes", "B,D,C", "--number"]
+    images, y = set_of(tmp_path / "one.npz", *flags, 9)
     with torchrun(sample, *flags, 9, "--npz", tmp_path / "two.npz") as process:
         printed, _ = process.communicate(timeout=60)
-    one = np.load(tmp_path / "one.npz")
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes(), printed
-    assert np.array_equal(np.load(tmp_path / "last.npz")["arr_0"], one["arr_0"][6:])
 
-    # They are those of stage 2, at the model's own scale.
+    # They are those of stage 2, at the model's own scale. Labels have a stream of their own.
+    assert y.tolist() == [[1, 3, 2][np.random.default_rng((7, 3, n)).integers(3)] for n in range(9)]
+    assert np.array_equal(images, drawn(ckpt, y, 2, [1.0, 3.0]))
+    images, _ = set_of(tmp_path / "stage1.npz", *flags, 5, "--stages", 1, "--cfg-stage1", 4)
+    assert np.array_equal(images, drawn(ckpt, y[:5], 1, [4.0]))
+
+
+def test_fig4_real_images_are_priors_of_a_set_from_a_folder_or_a_cache(vae, tmp_path, capfd):
+    # A run of colour images in five classes, which makes a cache.
+    data = folder(tmp_path / "data", 16)
+    flags = [*QUICK, "--data", data, "--vae", vae, "--image-size", 16, "--steps", 1]
+    cache = tmp_path / "cache"
+    assert run(train, *flags, "--cache", cache, "--out", tmp_path / "run") == 0
+    found = sample.load_checkpoint(tmp_path / "run/ckpt.pt")
+    config = replace(Config(**found["config"]), w=3.0)
+    dod = awake(config)
+    ckpt = tmp_path / "awake.pt"
+    torch.save(found | {"config": asdict(config), "ema": dod.state_dict()}, ckpt)
+
+    # Image n has the prior and the class of image number order[n]; held-out images come first.
+    files = sorted(data.rglob("*.png"))
+    shutil.copytree(data / "a", data / ".hidden")
+    flags = ["--ckpt", ckpt, *SET]
+    images, y = set_of(tmp_path / "a.npz", *flags, "--prior-data", data)
+    pixels = np.load(tmp_path / "a-priors.npz")["arr_0"]
+    order = np.random.default_rng(0).permutation(20)
+    assert np.array_equal(pixels, [np.array(Image.open(files[i])) for i in order])
+    assert y.tolist() == [i // 4 for i in order]
+
+    # One stage with the mean of the VAE's posterior as a prior, at the model's own scale.
+    codec = sample.load_codec(vae)
+    prior = codec.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    settings = ([3.0], Sampler("euler", 2, seed=7))
+    (z0,), _ = sample.generate(dod, torch.tensor(y), 1, *settings, prior=prior)
+    expected = codec.decode(z0).permute(0, 2, 3, 1).int().numpy()
+    assert abs(images - expected).max() <= 1
+
+    # From the cache, when the VAE has moved: nearly the same.
+    moved = Path(shutil.copytree(vae, tmp_path / "moved"))
+    more = ["--prior-data", cache, "--number", 9, "--vae", moved]
+    cached, y_cached = set_of(tmp_path / "b.npz", *flags, *more)
+    assert np.array_equal(y_cached, y[:9]) and abs(cached.astype(int) - images[:9]).mean() < 1
+    assert "wrote 9 priors (decoded latents) to " in capfd.readouterr().out
+    decoded = codec.decode(prior[:9]).permute(0, 2, 3, 1).int().numpy()
+    assert abs(np.load(tmp_path / "b-priors.npz")["arr_0"] - decoded).mean() < 1
+
+    # Other classes, and a VAE with another scale or without some of its weights, are refused.
+    wrong = ["--npz", tmp_path / "c.npz"]
+    shutil.rmtree(data / "e")
+    assert run(sample, *flags, *wrong, "--prior-data", data) == 2
+    assert "has other classes, size or VAE than" in capfd.readouterr().err
+    config_file = moved / "config.json"
+    config_file.write_text(config_file.read_text().replace("3.0", "2.0"))
+    assert run(sample, *flags, *wrong, "--vae", moved) == 2
+    assert "in training they were (3.0, 0.5, 4)" in capfd.readouterr().err
+    (weights,) = moved.glob("*.safetensors")
+    safetensors = pytest.importorskip("safetensors.torch")
+    kept = {key: x for key, x in safetensors.load_file(weights).items() if "decoder" not in key}
+    safetensors.save_file(kept, weights, {"format": "pt"})
+    assert run(sample, *flags, *wrong, "--vae", moved) == 2
+    assert "lacks weights, such as decoder." in capfd.readouterr().err
+
+
+def test_the_grid_is_fair_and_a_path_leads_to_its_image(ckpt, tmp_path, monkeypatch):
+    grids = []
+    monkeypatch.setattr(sample, "draw_grid", lambda *grid: grids.append(grid))
+    flags = ["--ckpt", ckpt, *SET[:2], "--solver", "euler", "--steps", 2, "--seed", 7]
+    assert run(sample, *flags, "--classes", "C,A", "--per-class", 1, "--stages", 3) == 0
+    ((_, blocks, titles),) = grids
+    assert titles == ["C", "A"]
+    expected = [(1, [1.0]), (1, [2.0]), (2, [1.0, 3.0]), (3, [1.0, 3.0, 3.0])]
+    for (label, images), (stages, w) in zip(blocks, expected, strict=True):
+        assert f"w = {w[-1]:g}" in label
+        assert np.array_equal(images.permute(0, 2, 3, 1), drawn(ckpt, [2, 0], stages, w)[..., :1])
+
+    # Ten Euler steps of each of two stages: the last one leads to the predicted x_0.
+    path = ["--path", "--classes", "C", "--seed", 7]
+    assert run(sample, "--ckpt", ckpt, "--device", "cpu", *path) == 0
+    _, blocks, titles = grids[1]
+    assert titles[::9] == ["t = 1.0", "t = 0.1"] and len(blocks) == 4
     dod = sample.load_model(sample.load_checkpoint(ckpt))
-    samples, _ = sample.generate(dod, torch.tensor(one["arr_1"]), solver="euler", steps=2, seed=7)
-    images = sample.Codec().decode(samples[1]).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
-    assert np.array_equal(one["arr_0"], images)
+    samples, _ = sample.generate(dod, torch.tensor([2]), 2, None, Sampler("euler", 10, seed=7))
+    for i, z0 in enumerate(samples):
+        (_, x_t), (_, x_0) = blocks[2 * i : 2 * i + 2]
+        z1 = sample.stage_noise((1, 8, 8), 7, range(1), i)
+        assert torch.equal(x_t[:1], sample.Codec().decode(z1))
+        assert (x_0[-1].int() - sample.Codec().decode(z0)[0].int()).abs().max() <= 1
 
 
-def test_priors_are_rows_and_mixtures_lead_from_one_to_the_other(ckpt, tmp_path, monkeypatch):
-    # Two images as priors down, two classes across.
+def test_priors_are_rows_and_classes_columns(ckpt, tmp_path, monkeypatch):
     grids = []
     monkeypatch.setattr(sample, "draw_grid", lambda *grid: grids.append(grid))
     paths = [folder(tmp_path) / name for name in ("a/0.png", "b/1.png")]
     flags = ["--ckpt", ckpt, *SET, "--classes", "C,A", "--prior", f"{paths[0]},{paths[1]}"]
-    assert run(sample, *flags, "--cfg", 3) == 0
-
-    # A mixture has the priors at its ends, and something else in the middle.
-    assert run(sample, *flags, "--cfg", 3, "--mix", 3) == 0
-    matrix, mixed = (grid[1][0][1] for grid in grids)
-    assert torch.equal(torch.cat([mixed[:3], mixed[6:]]), matrix)
-    assert not torch.equal(mixed[4:6], matrix[1:3])
+    assert run(sample, *flags, "--cfg", 4) == 0
+    ((_, ((label, matrix),), titles),) = grids
+    assert (label, titles) == ("w = 4", ["prior", "C", "A"])
+    for row, path in zip(matrix.split(3), paths, strict=True):
+        image = sample.open_image(path, 8, 1)
+        prior = sample.Codec().encode(image.expand(2, -1, -1, -1))
+        expected = drawn(ckpt, [2, 0], 1, [4.0], prior=prior)[..., :1]
+        assert torch.equal(row[0], image)
+        assert np.array_equal(row[1:].permute(0, 2, 3, 1), expected)
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -937,9 +1192,16 @@ def test_priors_are_rows_and_mixtures_lead_from_one_to_the_other(ckpt, tmp_path,
     ("train --vae ./nothing --image-size 16", "nothing"),
     ("train --device cuda:99", "device cuda:99 is not available here"),
     ("train --out R", "R has files already"),
-    ("train --out R --resume --lr 1", "was 0.002, now 1.0"),
+    ("train --out R --resume --lr 1", "lr was 0.002, now 1.0"),
     ("train --out R --resume --class-groups 2", "now ['A-E', 'F-J']"),
-    ("sample --interval 0.2,0.5", "for --solver euler"),
+    ("sample --npz a.npz --out a.png", "--out is for a single picture"),
+    ("sample --npz R/a.txt", "R/a.txt should end in .npz"),
+    ("sample --npz data.npz", "data exists already; give another name"),
+    ("sample --number 9", "add --npz FILE.npz"),
+    ("sample --prior a.png --stages 2", "--stages has no effect"),
+    ("sample --classes a", "class 'a' is unknown"),
+    ("sample --prior data/b/1.png", "data/b/1.png is not a readable image"),
+    ("sample --ckpt gone.pt", "gone.pt is not a checkpoint"),
     ("sample --stages 1 --cfg 2", "--cfg-stage1 guides stage 1"),
     ("sample --ckpt code.pt", "code.pt is not a checkpoint"),
     ("sample --out data/a/0.png", "data/a/0.png exists"),
@@ -950,7 +1212,7 @@ def test_mistakes_end_in_one_line(argv, message, trained, tmp_path, monkeypatch,
     folder(Path("data"))
     Path("data/b/1.png").write_text("mine")
     torch.save(sample.load_checkpoint("R/ckpt.pt") | {"code": Namespace()}, "code.pt")
-    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*.*")}
 
     # One line of error, exit status 2, and no traceback.
     module, *flags = argv.split()
@@ -960,7 +1222,7 @@ def test_mistakes_end_in_one_line(argv, message, trained, tmp_path, monkeypatch,
     assert line.startswith(f"{module}.py: error: ") and message in line
 
     # Nothing is written, but by a run that meets a broken image on its way.
-    after = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    after = {path: path.stat().st_mtime_ns for path in Path().rglob("*.*")}
     assert after == before or argv == "train --data data"
 
 
@@ -981,7 +1243,7 @@ def test_a_step_and_euler_s_method_never_wait_for_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda self, set_to_none: None)
     with FakeTensorMode(), torch.device("cuda"):
-        dod = DoD(TINY)
+        dod = build_model(TINY)
         optimizer = torch.optim.AdamW(dod.parameters(), 1e-4, fused=True)
         x = torch.empty(8, 3, 8, 8)
         y = torch.arange(8)
@@ -994,7 +1256,7 @@ def test_a_step_and_euler_s_method_never_wait_for_a_gpu(monkeypatch):
             given = (x, x, x[:, 0, 0, 0], y)
             loss, _, _ = train.training_step(dod, dod, optimizer, given, [y[:2], y[:2]], step)
         e_s = dod.visual_prior(x)
-        z0, _ = sample.sample_stage(dod, x, y, e_s, 2.0, "both", None, None, "euler", 3)
+        z0, _ = sample.sample_stage(dod, x, y, e_s, 2.0, Sampler("euler", 3))
     assert loss.device.type == z0.device.type == "cuda"
 
 
@@ -1012,7 +1274,7 @@ def test_fid_against_scipy_where_one_covariance_is_singular():
     S2 = np.cov(x.double().T)
     expected = ((mu1 - x.double().mean(0).numpy()) ** 2).sum()
     expected += np.trace(S1 + S2 - 2 * sqrtm(S1 @ S2).real)
-    found = evaluate.frechet_distance(mu1, S1, *evaluate.moments(x))
+    found = evaluate.frechet_distance(mu1, S1, *evaluate.statistics(x))
     assert found == pytest.approx(expected, rel=1e-8)
 
 
@@ -1020,7 +1282,10 @@ def test_is_of_torch_fidelity():
     library = pytest.importorskip("torch_fidelity.metric_isc")
     logits = 3 * torch.randn(100, 12)
     theirs = library.isc_features_to_metric(logits, splits=10, shuffle=False)
-    assert evaluate.inception_score(logits.softmax(1)) == pytest.approx((*theirs.values(),), 1e-5)
+    probs = logits.softmax(1)
+    assert evaluate.inception_score(probs) == pytest.approx((*theirs.values(),), 1e-5)
+    with pytest.raises(UserError, match="10 parts"):
+        evaluate.inception_score(probs[:9])
 
 
 def test_precision_and_recall_are_the_written_out_shares():
@@ -1034,6 +1299,8 @@ def test_precision_and_recall_are_the_written_out_shares():
     fake = rng.integers(30, 110, (50, 2))
     expected = (covered(fake, real), covered(real, fake))
     assert evaluate.precision_recall(real, fake) == pytest.approx(expected)
+    with pytest.raises(UserError, match="4 images or more"):
+        evaluate.precision_recall(real, fake[:3])
 
 
 def test_psnr_and_ssim_are_the_written_out_formulas():
@@ -1080,7 +1347,8 @@ def test_comparing_shuffles_for_the_is(monkeypatch):
     assert 9.9 < columns["is"] < 10 and columns["is_std"] > 0
     assert (columns["precision"], columns["recall"]) == (100, 10_000)
     for key, a, b in (("fid", real.pool, fake.pool), ("sfid", real.spatial, fake.spatial)):
-        assert columns[key] == evaluate.frechet_distance(*evaluate.moments(a), *evaluate.moments(b))
+        moments = (*evaluate.statistics(a), *evaluate.statistics(b))
+        assert columns[key] == evaluate.frechet_distance(*moments)
 
 
 TRAINING, HELD_OUT, _ = train.load_data("letters", 16, 1, 0.1)
@@ -1098,9 +1366,11 @@ def derived(folder: Path, **changes) -> Path:
 @pytest.fixture
 def letters_ckpt(tmp_path, monkeypatch) -> Path:
     """Such a checkpoint, in the working folder. The classifier sees 300 images in 20 steps."""
-    first = evaluate.first
-    monkeypatch.setattr(evaluate, "first", lambda data, n, start=0: first(data, min(n, 300), start))
-    monkeypatch.setattr(evaluate, "fit", Mock(side_effect=partial(evaluate.fit, steps=20)))
+    take = evaluate.take_images
+    few = Mock(side_effect=lambda data, n, start=0: take(data, min(n, 300), start))
+    monkeypatch.setattr(evaluate, "take_images", few)
+    quick = Mock(side_effect=partial(evaluate.train_classifier, steps=20))
+    monkeypatch.setattr(evaluate, "train_classifier", quick)
     monkeypatch.chdir(tmp_path)
     return derived(tmp_path)
 
@@ -1121,19 +1391,36 @@ def test_the_classifier_is_the_same_bytes_each_time_and_kept(letters_ckpt):
     evaluate.classifier(saved, TRAINING)
     assert file.read_bytes() == before
 
-    # It is read back, in a form that does not depend on the batch.
-    images, _ = evaluate.first(TRAINING, 30)
-    _, logits, _ = evaluate.classifier(saved, TRAINING)(images)
+    # It has learned training images. Its hash is that of its weights; it is read back, in a form
+    # that does not depend on the batch.
+    images, _, y = evaluate.take_images(TRAINING, 300)
+    _, *learned = evaluate.train_classifier.call_args.args
+    assert all(torch.equal(a, b) for a, b in zip(learned, (images, y), strict=True))
+    look, found_hash = evaluate.classifier(saved, TRAINING)
     network = evaluate.build_classifier(16, 1, 10).eval()
     network.load_state_dict(torch.load(file, weights_only=True))
-    assert close(logits, network(images / 127.5 - 1), 1e-4)
+    weights = b"".join(value.numpy().tobytes() for value in network.state_dict().values())
+    assert found_hash == hashlib.sha256(weights).hexdigest()[:12]
+    assert close(look(images)[1], network(images / 127.5 - 1), 1e-4)
 
     # Other images have another one, images of one class none.
-    evaluate.classifier(saved | {"fingerprint": "other"}, TRAINING)
-    evaluate.classifier(saved | {"held_out": 0.2}, TRAINING)
-    assert evaluate.fit.call_count == 4
+    for change in ({"fingerprint": "other"}, {"held_out": 0.2}, {"image_size": 8}):
+        evaluate.classifier(saved | change, TRAINING)
+    assert evaluate.train_classifier.call_count == 5
     with pytest.raises(UserError, match="one class"):
-        evaluate.classifier(saved, Namespace(classes=["A"]))
+        evaluate.classifier(saved, Namespace(original_classes=["A"]))
+
+
+def test_the_classifier_learns_under_noise_of_0_to_24_grey_levels():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
+    seen = []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = torch.full((9, 1, 16, 16), 51, dtype=torch.uint8)
+    evaluate.train_classifier(network, images, torch.zeros(9, dtype=torch.long), steps=20)
+    pixels = torch.cat(seen).flatten(1) * 127.5
+    levels = pixels.std(1)  # one for each image, uniform
+    assert levels.min() < 1 and 11 < levels.mean() < 13 and 23 < levels.max() < 28
+    assert (pixels.mean() + 127.5 - 51).abs() < 1
 
 
 def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_ckpt):
@@ -1147,19 +1434,23 @@ def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_
 
     # The first row: training images of the second half against the held-out ones.
     saved = sample.load_checkpoint(letters_ckpt)
-    look = partial(evaluate.measure, network=evaluate.classifier(saved, TRAINING), what="x")
-    images, y = evaluate.first(HELD_OUT, 100)
-    _, y_others = evaluate.first(TRAINING, 100, start=11_250)
+    network, found_hash = evaluate.classifier(saved, TRAINING)
+    look = partial(evaluate.measure, network=network, what="x")
+    images, y, _ = evaluate.take_images(HELD_OUT, 100)
+    others, y_others, _ = evaluate.take_images(TRAINING, 100, start=11_250)
+    assert torch.equal(others[5], TRAINING[11_255, False][0])
     real = look(images)
-    other = look(TRAINING[i, False][0] for i in range(11_250, 11_350))
+    other = look(others)
     share = (other.logits.argmax(1) == y_others).double().mean().item()
     assert rows[0] == pytest.approx(evaluate.compare(real, other) | {"recognised": share})
+    learned = evaluate.train_classifier.call_args.args[1]
+    assert torch.equal(learned, evaluate.take_images(TRAINING, 300)[0])
 
     # Stage 3 at w = 3: its prior is stage 2. Its spread: the same priors, another seed's noise.
     dod = sample.load_model(saved)
-    draw = partial(sample.generate, dod, y, solver="euler", steps=2)
-    z0, _ = draw(stages=3, cfg=[1.0, 3.0, 3.0])
-    again, _ = draw(stages=1, cfg=[3.0], prior=z0[1], seed=1)
+    sampler = Sampler("euler", 2)
+    z0, _ = sample.generate(dod, y, 3, [1.0, 3.0, 3.0], sampler)
+    again, _ = sample.generate(dod, y, 1, [3.0], replace(sampler, seed=1), prior=z0[1])
     fake, again = (look(sample.Codec().decode(z)) for z in (z0[2], again[0]))
     share = (fake.logits.argmax(1) == y).double().mean().item()
     expected = evaluate.compare(real, fake) | {"w": 3, "evaluations": 2, "recognised": share}
@@ -1168,11 +1459,13 @@ def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_
 
     # Table 4's compute: LEM once a stage, the unconditional branch with S, all stages so far.
     macs = model.count_macs(dod.config)
-    later = macs["lem"] + 2 * macs["e_s"] - macs["prior_mlp"] + 2 * macs["s"]
+    later = macs["lem"] + macs["prior_mlp"] + 2 * macs["e_s"] + 2 * macs["s"]
     expected |= {"gflops": (2 * macs["s"] + 2 * later) / 1e9}
     assert rows[5] == pytest.approx(expected, rel=1e-5)
     found = json.loads(Path("out/stages.json").read_text())
-    assert found | {"features": "classifier", "count": 100, "cfg": [1, 3], "seed": 0} == found
+    facts = {"features": "classifier", "count": 100, "cfg": [1, 3], "network_hash": found_hash}
+    assert found | facts == found and found["checkpoint"]["fingerprint"] and found["commit"]
+    assert not found["checkpoint"].keys() & {"ema", "model", "optimizer"}
 
 
 @pytest.mark.parametrize("K, N, expected", [(1, 2, (1, 2)), (2, 2, (1, 2, 1)), (10, 0, (1, 1))])
@@ -1182,57 +1475,83 @@ def test_fig4_stages_of_merged_classes_and_of_fitv2(K, N, expected, letters_ckpt
     flags += ["--stages", 2] if N else []  # FiTv2 has stage 1 only
     rows = rows_of("stages", "--ckpt", derived(letters_ckpt.parent, num_classes=K, N=N), *flags)[1:]
 
-    # Class k belongs to the model's class k K // n; what it was not told cannot be recognised.
-    assert tuple(int(row["what"][-1]) for row in rows) == expected
-    _, y = evaluate.first(HELD_OUT, 70)
+    # Class k belongs to the model's class k K // n; what it was not told cannot be recognised, but
+    # the classifier knows all classes.
+    names = {"FiTv2": 1, "stage 1": 1, "stage 2": 2}
+    assert tuple(names[row["what"]] for row in rows) == expected
+    assert N or rows[0]["what"] == "FiTv2"
+    _, _, y = evaluate.take_images(HELD_OUT, 70)
     assert all(torch.equal(call.args[1], y * K // 10) for call in evaluate.generate.mock_calls)
     assert ["recognised" in row for row in rows] == [K == 10] * len(rows)
+    assert evaluate.train_classifier.call_args.args[2].max() == 9
 
 
 def test_fig4_reconstruct_and_table2_probe_report_their_columns(letters_ckpt):
     flags = ["--ckpt", letters_ckpt, "--num", 70]
-    sampling = ["--steps", 4, "--cfg", 2, "--interval", "0.3,0.8"]
-    _, row = rows_of("reconstruct", *flags, *sampling)
+    sampling = ["--steps", 4, "--cfg", 2, "--guide-on", "prior"]
+    _, row = rows_of("reconstruct", *flags, *sampling, "--seed", 3)
 
     # The priors are the held-out images themselves, each with its class.
     dod = sample.load_model(sample.load_checkpoint(letters_ckpt))
     codec = sample.Codec()
-    images, y = evaluate.first(HELD_OUT, 70)
-    settings = {"interval": (0.3, 0.8), "solver": "euler", "steps": 4}
-    (z0,), _ = sample.generate(dod, y, 1, [2.0], prior=codec.encode(images), **settings)
+    images, y, _ = evaluate.take_images(HELD_OUT, 70)
+    sampler = Sampler("euler", 4, "prior", seed=3)
+    (z0,), _ = sample.generate(dod, y, 1, [2.0], sampler, prior=codec.encode(images))
     for key, metric in (("psnr", evaluate.psnr), ("ssim", evaluate.ssim)):
         assert close(row[key], metric(images, codec.decode(z0)).mean().item())
-
-    # Of Euler's times 1, 0.75, 0.5 and 0.25 two are inside the interval.
-    macs = model.count_macs(dod.config)
-    total = macs["lem"] + 2 * macs["e_s"] - macs["prior_mlp"] + 4 * macs["s"]
-    assert row["gflops"] == pytest.approx(total / 1e9)
+    assert row["what"] == "reconstruction"
 
     # The probe is fitted to training images and judged by held-out ones.
-    training, y_training = evaluate.first(TRAINING, 70)
+    training, _, y_training = evaluate.take_images(TRAINING, 70)
     l_hat, l_hat_test = (dod.lem.encode(codec.encode(z)).detach() for z in (training, images))
     mean = evaluate.linear_probe(l_hat.mean(1), y_training, l_hat_test.mean(1), y)
     everything = evaluate.linear_probe(l_hat.flatten(1), y_training, l_hat_test.flatten(1), y)
     assert [row["top1"] for row in rows_of("probe", *flags)] == [mean, everything]
 
 
-def test_the_readme_s_commands_parse_and_what_its_map_names_exists():
+def test_table2_the_probe_reads_images_or_the_cache_of_the_run(vae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", folder(tmp_path / "data", 16), "--vae", vae, "--cache", "cache"]
+    flags += ["--image-size", 16, "--held-out", 0.3, "--steps", 1, "--out", "R"]
+    assert run(train, *QUICK, *flags) == 0
+    seen = []
+    monkeypatch.setattr(evaluate, "linear_probe", lambda *given: seen.append(given) or 0.5)
+    for where in ([], ["--cache", "cache"]):
+        rows_of("probe", "--ckpt", "R/ckpt.pt", *where)
+    for a, b in zip(seen[:2], seen[2:], strict=True):
+        assert [len(x) for x in a] == [14, 14, 6, 6] and close(a[0], b[0], 0.01)
+        assert close(a[2], b[2], 0.01) and [*a[1], *a[3]] == [*b[1], *b[3]]
+
+
+def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right(tmp_path):
     home = Path(train.__file__).parent
     text = (home / "README.md").read_text()
-    for file, names in re.findall(r"^`(\w+\.py)`(.*)", text, re.MULTILINE):
-        code = (home / file).read_text()
-        for name, line in re.findall(r"`(\w+):?(\d*)`", names):
-            found = re.search(rf"^ *(def|class) {name}\b", code, re.MULTILINE)
-            assert line in ("", str(1 + code[: found.start()].count("\n"))), name
+    named = re.findall(r"(\w+\.py):(\d+) (\w+)", text)
+    assert len(named) > 9
+    for file, line, name in named:
+        found = (home / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf" *(def|class) {name}\b", found), f"{file}:{line} is {found}"
 
-    # A backslash continues a line, and a variable of the shell may be a number.
+    # The shell runs every block, with commands that only print themselves; two milestones exist.
+    run_folder = tmp_path / "out/train"
+    run_folder.mkdir(parents=True)
+    for step in (100_000, 200_000):
+        (run_folder / f"ema-{step:07}.pt").touch()
+    stubs = """pip() { :; }; srun() { shift 2; "$@"; }; scontrol() { echo node; }
+        python() { echo python "$@"; }; torchrun() { echo torchrun "$@"; }
+        SLURM_NNODES=1 SLURM_CPUS_ON_NODE=8 SLURM_JOB_ID=7 SLURM_JOB_NODELIST=node\n"""
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    blocks = re.sub(r"\$\w+", "1", blocks.replace("\\\n", " "))
-    launch = r"(?:python|torchrun) [^\n#]*?\b(train|sample|evaluate)\.py([^\n#&|;]*)"
-    commands = re.findall(launch, blocks)
-    assert {script for script, _ in commands} == {"train", "sample", "evaluate"}
+    bash = ["bash", "-eu", "-c", stubs + blocks]
+    printed = subprocess.run(bash, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    commands = re.findall(r"^.*?\b(train|sample|evaluate)\.py *(.*)", printed, re.MULTILINE)
+    assert len(commands) > 12 and {name for name, _ in commands} == {"train", "sample", "evaluate"}
+
+    # Their flags exist, and none would take a milestone's place.
     for script, flags in commands:
-        sys.modules[script].parse(flags.split())
+        args = sys.modules[script].parse(flags.split())
+        if getattr(args, "npz", None):
+            assert not (tmp_path / args.npz).exists()
+            assert not (tmp_path / args.npz).with_suffix("").exists()
 
 
 def test_spread_as_written_out():
@@ -1274,31 +1593,37 @@ def test_table5_samples_are_compared_with_images_or_moments(tmp_path, monkeypatc
     # A reference may hold the moments of another set than its images', or nothing else.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "inception", lambda *a: thin)
-    images = np.random.default_rng(0).integers(0, 256, (20, 2, 2, 3), np.uint8)  # tiny ones
+    images = np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), np.uint8)  # tiny ones
     mu = {"mu": np.zeros(3), "sigma": np.eye(3)}
     mu_s = {"mu_s": np.ones(2), "sigma_s": np.eye(2)}
     np.savez("moments.npz", **mu)
     np.savez("both.npz", arr_0=images[9:], **mu, **mu_s)
+    np.savez("copies.npz", arr_0=images[9:18])
     Path("folder/below").mkdir(parents=True)
     for i in range(9):
         Image.fromarray(images[i]).save(f"folder/below/{i}.PNG")
+    Path("folder/.hidden.png").touch()
 
-    # A set of samples may be a file or a folder.
+    # A set of samples may be a file or a folder. With --paired, image n is compared with image n.
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    a, b = (evaluate.Features(*thin(part)) for part in (x[:9], x[9:]))
-    fid = {"fid": evaluate.frechet_distance(*mu.values(), *evaluate.moments(a.pool))}
-    sfid = {"sfid": evaluate.frechet_distance(*mu_s.values(), *evaluate.moments(a.spatial))}
-    for ref, path, expected in (
-        ("folder", "both.npz", evaluate.compare(a, b)),
-        ("both.npz", "folder", evaluate.compare(b, a) | fid | sfid),
-        ("moments.npz", "folder", fid),
+    a, b, c = (evaluate.Features(*thin(part)) for part in (x[:9], x[9:], x[9:18]))
+    fid = {"fid": evaluate.frechet_distance(*mu.values(), *evaluate.statistics(a.pool))}
+    sfid = {"sfid": evaluate.frechet_distance(*mu_s.values(), *evaluate.statistics(a.spatial))}
+    pairs = {"psnr": evaluate.psnr(x[:9], x[9:18]).mean().item()}
+    pairs |= {"ssim": evaluate.ssim(x[:9], x[9:18]).mean().item()}
+    for ref, path, expected, flags in (
+        ("folder", "both.npz", evaluate.compare(a, b), []),
+        ("both.npz", "folder", evaluate.compare(b, a) | fid | sfid, []),
+        ("moments.npz", "folder", fid, []),
+        ("folder", "copies.npz", evaluate.compare(a, c) | pairs, ["--paired"]),
     ):
-        (row,) = rows_of("samples", "--ref", ref, "--samples", path)
+        (row,) = rows_of("samples", "--ref", ref, "--samples", path, *flags)
         assert row == pytest.approx({"what": path} | expected)
     assert "FID alone" in capsys.readouterr().out
+    assert run(evaluate, "samples", "--ref", "folder", "--samples", "both.npz", "--paired") == 2
 
 
-def test_fig2_cost_averages_seeds_each_at_its_best_scale_by_training_fid(tmp_path, monkeypatch):
+def test_fig2_curves_average_seeds_each_at_its_best_scale_by_training_fid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = sorted(Path(__file__).parent.glob("assets/reports/groups10-[ln][e4]?[01]-10000.json"))
 
@@ -1309,91 +1634,161 @@ def test_fig2_cost_averages_seeds_each_at_its_best_scale_by_training_fid(tmp_pat
         scan = [row for row in given["rows"] if row["what"] == "stage 2"]
         best.append(min((row["fid_training"], row["w"], row["fid"]) for row in scan))
     expected = pytest.approx([640_000, *np.mean(best, 0)[1:], np.std(best, 0, ddof=1)[2], 2])
-    found = {row["what"]: [*row.values()] for row in rows_of("cost", *paths)}
-    assert len(found) == 6 and found["DoD stage 2, guided by both, N 2"][1:] == expected
+    found = {row["what"]: [*row.values()] for row in rows_of("curves", *paths)}
+    name = "DoD stage 2, guided by class and prior; latent tokens 2"
+    assert len(found) == 6 and found[name][1:] == expected
 
-    # Other counts, another classifier, another command, other images make no common figure.
+    # A new report says more, and its checkpoint calls w what an old one calls cfg. A factor of 1
+    # for LEM's rate is what old runs had. Over w, an unguided row begins the guided curve.
+    config = given["checkpoint"]["config"]
+    new = given | {"checkpoint": given["checkpoint"] | {"lem_lr_factor": 1.0, "format": "dod-4"}}
+    new["checkpoint"]["config"] = {"w": 2.0} | {k: v for k, v in config.items() if k != "cfg"}
+    Path("new.json").write_text(json.dumps(new))
+    assert len(rows_of("curves", *paths, "new.json")) == 6
+    over_w = rows_of("curves", paths[0], "--over", "w")
+    (row,) = (row for row in over_w if row["w"] == 1)
+    assert row["what"] == "DoD stage 1, guided by class"
+
+    # Other counts, another network, another command, other images make no common figure.
     other = {"checkpoint": given["checkpoint"] | {"held_out": 0.2}}
-    for change in ({"count": 9}, {"features": "inception"}, {"command": "probe"}, other):
+    changes = [{"count": 9}, {"features": "inception"}, {"command": "probe"}, {"network_hash": "a"}]
+    for change in (*changes, other):
         Path("changed.json").write_text(json.dumps(given | change))
-        assert run(evaluate, "cost", *paths, "changed.json") == 2
+        assert run(evaluate, "curves", *paths, "changed.json") == 2
+
+
+def test_one_thing_has_one_colour_in_all_figures_and_a_single_point_is_a_line(tmp_path):
+    from matplotlib.axes import Axes
+
+    names = [f"DoD stage 2, guided by prior; N {N}" for N in (1, 2)] + ["FiTv2, unguided"]
+    rows = [{"what": name, "w": w, "fid": w} for name in names for w in (1, 2)][:-1]
+    spies = {name: patch.object(Axes, name, autospec=True, side_effect=getattr(Axes, name))
+             for name in ("errorbar", "axhline")}  # fmt: skip
+    with spies["errorbar"] as errorbar, spies["axhline"] as axhline:
+        evaluate.draw_curves(tmp_path / "a.png", rows, "w", 0.5)
+    styles = [call.kwargs for call in errorbar.mock_calls + axhline.mock_calls]
+    assert [style["color"] for style in styles] == ["C0", "C0", "C1", "black"]
+    assert [style["linestyle"] for style in styles] == ["-.", "-.", "--", ":"]
+    assert styles[0]["marker"] != styles[1]["marker"]
+    assert styles[2]["label"] == "FiTv2, unguided (w = 1)"
 
 
 @pytest.mark.parametrize("argv, words", [
     ("stages --ckpt ckpt.pt --out taken.json", "taken.json exists"),
-    ("stages --ckpt ckpt.pt --data broken", "has not the images"),
-    ("samples --ref empty --samples empty", "one size"),
-    ("samples --ref empty --samples broken", "a/1.png is not a readable image"),
+    ("stages --ckpt ckpt.pt --out taken.json/a.json", "taken.json"),
+    ("stages --ckpt other.pt", "has not the images"),
+    ("stages --ckpt fit.pt --stages 2", "is a plain FiTv2"),
+    ("probe --ckpt fit.pt", "is a plain FiTv2"),
+    ("probe --ckpt ckpt.pt --cache empty", "has no latents.npy"),
+    ("samples --ref empty --samples good.npz", "empty has 0 images"),
+    ("samples --ref good.npz --samples broken", "broken/a/1.png is not a readable image"),
+    ("samples --ref good.npz --samples few.npz", "few.npz has 3 images"),
+    ("samples --ref short.npz --samples good.npz", "short.npz is not a complete .npz"),
+    ("samples --ref pointer.npz --samples good.npz", "pointer.npz is not a complete .npz"),
+    ("samples --ref good.npz --samples nothing.npz", "nothing.npz has 0 images"),
+    ("samples --ref good.npz --samples moments.npz", "moments.npz holds moments and no images"),
+    ("samples --ref good.npz --samples float.npz", "not float64 (5, 9, 9, 3)"),
+    ("samples --ref first.npz --samples good.npz", "not uint8 (5, 3, 9, 9)"),
+    ("samples --ref good.npz --samples large.npz --paired", "of one size"),
+    ("curves good.npz", "good.npz is not a report"),
     ("probe --ckpt ckpt.pt", "without torchrun"),
 ])  # fmt: skip
 def test_faults_of_evaluation_end_in_one_line(argv, words, letters_ckpt, monkeypatch, capsys):
-    for folder in ("empty", "broken/a"):
-        Path(folder).mkdir(parents=True)
+    for name in ("empty", "broken/a"):
+        Path(name).mkdir(parents=True)
     Path("taken.json").touch()
-    Path("broken/a/1.png").write_bytes(b"no image")
+    for i in range(1, 5):
+        Path(f"broken/a/{i}.png").write_bytes(b"no image")
+    arrays = {"good": np.zeros((5, 9, 9, 3), np.uint8), "few": np.zeros((3, 9, 9, 3), np.uint8)}
+    arrays |= {"float": np.full((5, 9, 9, 3), np.nan), "first": np.zeros((5, 3, 9, 9), np.uint8)}
+    arrays |= {"large": np.zeros((5, 8, 9, 3), np.uint8)}
+    for name, array in arrays.items():
+        np.savez(f"{name}.npz", arr_0=array)
+    np.savez("nothing.npz", arr_1=arrays["good"])
+    np.savez("moments.npz", mu=np.zeros(3), sigma=np.eye(3))
+    Path("short.npz").write_bytes(Path("good.npz").read_bytes()[:900])
+    Path("pointer.npz").write_text("version https://git-lfs.github.com/spec/v1")
+    saved = sample.load_checkpoint(letters_ckpt)
+    torch.save(saved | {"fingerprint": "x"}, "other.pt")
+    derived(Path("empty"), N=0).rename("fit.pt")
+
+    # All of it is said before a network is asked for.
     monkeypatch.setattr(evaluate, "inception", Mock())
     monkeypatch.setenv("WORLD_SIZE", "2" if "torchrun" in words else "1")
     assert run(evaluate, *argv.split()) == 2
-    assert words in capsys.readouterr().err
+    assert words in capsys.readouterr().err and not evaluate.inception.called
 
 
 def test_the_shipped_weights_show_the_paper_s_effect():
     # A classifier of real letters judges 200 samples of each stage.
     judge = evaluate.build_classifier(16, 1, 10)
-    evaluate.fit(judge, *evaluate.first(TRAINING, 2000), steps=120)
+    images, _, labels = evaluate.take_images(TRAINING, 2000)
+    evaluate.train_classifier(judge, images, labels, steps=120)
     judge.eval()
     y = torch.arange(200) % 10
     dod = sample.load_model(sample.load_checkpoint(sample.SHIPPED))
-    samples, _ = sample.generate(dod, y, 2, solver="euler", steps=10)
+    samples, _ = sample.generate(dod, y, 2, sampler=Sampler("euler", 10))
     seen = [judge(sample.Codec().decode(z0) / 127.5 - 1).argmax(1) for z0 in samples]
     recognised = [(found == y).double().mean().item() for found in seen]
     assert recognised[1] > max(0.6, 1.15 * recognised[0])
 
 
-def reference_loss(network, x0, y, x1, t, keep) -> torch.Tensor:
+def reference_loss(network, x0, y, x1, t, with_prior) -> torch.Tensor:
     """Eq. 3 as section 3.3 describes it: LEM reads every image, then S takes the place of some."""
-    kept = torch.isin(torch.arange(len(x0), device=x0.device), keep)
+    kept = torch.isin(torch.arange(len(x0), device=x0.device), with_prior)
     e_s = torch.where(kept[:, None, None], network.visual_prior(x0), network.S)
     v = network(flow.interpolate(x0, x1, t), t, y, e_s)
     return (x1 - x0 - v.float()).square().flatten(1).mean(1)
 
 
 def main() -> None:
-    """Times the training step, one in which LEM reads every image, and a large matrix product."""
+    """Times the training step of some models, eager and compiled, against a matrix product and
+    against a step in which LEM reads every image: a table, all that a first report of a GPU needs.
+    """
     parser = sample.Parser(description=main.__doc__)
-    parser.add_argument("--model", choices=[k for k in CONFIGS if CONFIGS[k].N], default="DoD-B")
-    parser.add_argument("--batch-size", type=int, default=8)
+    names = ["DoD-S", "DoD-B", "DoD-XL"]
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=names)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args(namespace=Namespace(seed=0, init=None, lr=1e-4, lem_lr_factor=1.0))
-
-    # Half of the batch keeps its prior. On a GPU all is computed in bf16, as in train.py.
-    config = CONFIGS[args.model]
+    parser.add_argument("--eager-only", action="store_true", help="leave out torch.compile")
+    args = parser.parse_args()
     device = sample.pick_device(args.device)
     cuda = device.type == "cuda"
-    _, ema, optimizer, network = train.build(args, config, device)
-    x0, x1, y, t = (x.to(device) for x in batch(args.batch_size, config))
-    keep = [torch.arange(1, len(y), 2, device=device)]  # every second image
-    step = partial(train.training_step, network, ema, optimizer, (x0, x1, t, y), keep, 1, cuda)
+    torch.set_float32_matmul_precision("high")  # as in train.py, which uses bf16 on a GPU
+    rate = train.matrix_rate(device, cuda)
+    name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}: a matrix product runs at {rate / 1e12:.4g} TFLOP/s")
+    print("model     compile   images/s   of that rate   GiB, peak   time of the reference step")
 
-    matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if cuda else None)
-
-    def seconds(call, loss=None):
+    def seconds(call, loss):
         """The mean of several calls, after two to warm up, with a GPU's work finished."""
-        timer = Timer("call()", globals={"call": call}, num_threads=os.cpu_count())
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         with patch.object(train, "rectified_flow_loss", loss):
-            return timer.timeit(30 if cuda else 3).mean
+            timer.timeit(2)
+            return timer.timeit(30 if cuda else 2).mean
 
-    ours = seconds(step, flow.rectified_flow_loss)
-    reference = seconds(step, reference_loss)
-    print(f"{len(y) / ours:.4g} images/s, {ours / reference:.3f} of the reference's time")
+    for name, compiled in [(k, c) for k in args.models for c in (False, True)]:
+        if compiled and args.eager_only:
+            continue
+        # Half of the batch keeps its prior.
+        config = CONFIGS[name]
+        given = Namespace(seed=0, lr=1e-4, lem_lr_factor=1.0, compile=compiled)
+        network, modules = train.build(given, config, device)
+        x0, x1, y, t = (x.to(device) for x in batch(args.batch_size, config))
+        kept = torch.arange(1, len(y), 2, device=device)  # every second image
+        kept = kept if config.N else kept[:0]
+        state = (network, modules["ema"], modules["optimizer"], (x0, x1, t, y), [kept], 1, cuda)
+        step = partial(train.training_step, *state)
 
-    # Three passes, two operations for each multiply-accumulate, as in model.py's budget.
-    macs = model.count_macs(config, attention=True)
-    flops = 6 * len(y) * (macs["e_s"] + (macs["lem"] - macs["prior_mlp"]) / 2)
-    rate = 2 * 4096**3 / seconds(partial(torch.mm, matrix, matrix))  # operations a second
-    print(f"{flops / ours / rate:.0%} of the rate of a matrix product")
-    print(f"memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else "")
+        # The peak is read before the reference step, which needs more memory.
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        ours = seconds(step, flow.rectified_flow_loss)
+        peak = f"{torch.cuda.max_memory_allocated(device) / 2**30:9.1f}" if cuda else "        -"
+        speed = len(y) / ours
+        share = speed * model.training_flops(config) / rate
+        times = f"{seconds(step, reference_loss) / ours:.2f} of ours" if config.N else "-"
+        print(f"{name:10}{compiled!s:7}{speed:11.4g}{share:14.1%}{peak:>12}   {times}", flush=True)
 
 
 if __name__ == "__main__":

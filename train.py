@@ -1,35 +1,37 @@
-r"""train.py -- end-to-end training of DoD: the step, the run, the data. Sections 3.3 and 4.1.
+r"""train.py -- end-to-end training of DoD: the step, the loop, the data. Sections 3.3 and 4.1.
 
-Backbone and LEM learn together, from real images alone: in training, an image's own latent is its
-visual prior, and a share p_s of each batch gets the sample token S instead.
+Backbone and LEM learn together, from real images alone. In training the visual prior of an image
+is LEM of its own latent, and a share p_s of each batch sees the sample token S instead.
 
-Why are perfect priors enough, when stage 2 will get generated ones? Section 3.3 assumes that the
-semantics of an image, which pass LEM's bottleneck, are similar in both: flaws of a generated image
-are details, which do not pass. Without a bottleneck (--prior-from patches) they do, and are copied.
+Why are real images enough, when stage 2 will get generated ones as priors? Section 3.3 assumes that
+only semantics pass LEM's bottleneck, and that they are alike in both; the flaws of a generated
+image are details and stay behind. Without a bottleneck (--prior-from patches) they are copied.
+(What really passes is whatever lowers the loss most: of our letters the greys, slant and stroke.)
 
-Everything random is a function of (seed, step), drawn for the global batch. So the number of
+Everything random is a function of (seed, step) and is drawn for the global batch. So the number of
 GPUs changes a result by rounding only, and a resumed run, on a CPU, equals an unbroken one exactly.
 
     python train.py                                             # DoD-Ti on letters, on a CPU
     python train.py --prior-from patches --out out/patches      # without LEM: it copies its prior
     python train.py --data images/ --image-size 32              # yours: a folder for each class
     torchrun --nproc-per-node 8 train.py --data imagenet/train --model DoD-B \
-        --vae stabilityai/sd-vae-ft-ema --cache latents
+        --vae stabilityai/sd-vae-ft-ema --cache latents --compile
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
 import hashlib
 import itertools
 import json
-import mmap
 import os
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -37,27 +39,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from flow import keeps_prior, logit_normal, rectified_flow_loss
 from lem import ViTBlock
-from model import CONFIGS, Block, Config, DoD, UserError
+from model import CONFIGS, Block, Config, UserError, build_model, training_flops
 from sample import (
-    Codec, Parser, at_least, draw_grid, generate, load_checkpoint, load_codec, open_image,
-    pick_device, process_group, processes, replacing, run_command, wait,
+    Codec, Parser, barrier, bounded, load_checkpoint, load_codec, open_image, pick_device,
+    process_group, rank_and_world_size, read_latents, replacing, run_command, shuffled_order,
 )  # fmt: skip
 
-CLASS_DROPOUT = 0.1  # CHOICE: the paper names no number; this one is DiT's and SiT's
+CLASS_DROPOUT = 0.1  # CHOICE: the paper names no number; DiT, SiT and FiTv2 have this one
 
 # ------------------------------------------------------------------- one step: sections 3.3 and 4.1
 
 
-def draw_noise(seed: int, step: int, batch_size: int, config: Config, generator: torch.Generator):
-    """Draws a step's noise, times and dropped classes, on the generator's device.
-    -> x1 (B, C, H, W) noise; eps (B, C, H, W) for the VAE's posterior; t (B,) times; dropped (B,):
-    which images lose their class. A function of (seed, step): the generator is seeded anew.
+def draw_noise(
+    seed: int, step: int, batch_size: int, config: Config, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draws what is random in a step, a function of (seed, step), on the generator's device.
+    -> x1 (B, C, H, W) noise; eps (B, C, H, W) normal, for the VAE's posterior; t (B,) times;
+    dropped (B,): which images lose their class. CHOICE: independently of losing their prior.
     """
     # SeedSequence turns (seed, step) into one number that is unrelated to that of the next step.
     state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
@@ -65,8 +70,7 @@ def draw_noise(seed: int, step: int, batch_size: int, config: Config, generator:
     device = generator.device
     shape = (batch_size, config.latent_channels, config.latent_size, config.latent_size)
 
-    # Drawn for the global batch, whatever share of it this rank has: all ranks draw the same. An
-    # image loses its class whether or not it loses its prior.
+    # Drawn for the global batch, whatever share of it this rank has: all ranks draw the same.
     x1 = torch.randn(shape, generator=generator, device=device)
     eps = torch.randn(shape, generator=generator, device=device)
     t = logit_normal(batch_size, generator, device)  # Eq. 11
@@ -74,8 +78,8 @@ def draw_noise(seed: int, step: int, batch_size: int, config: Config, generator:
     return x1, eps, t, dropped
 
 
-def to_latents(x: torch.Tensor, eps: torch.Tensor | None, codec: Codec) -> torch.Tensor:
-    """uint8 images (b, channels, rows, columns), or cached moments of latents (b, 2, C, H, W)
+def to_latents(x: Tensor, eps: Tensor | None, codec: Codec) -> Tensor:
+    """uint8 images (b, channels, rows, columns), or cached means and deviations (b, 2, C, H, W)
     -> latents (b, C, H, W): samples of the VAE's posterior by the normal eps, without it its mean.
 
     CHOICE: training takes samples, as SiT does; the paper does not say.
@@ -86,200 +90,334 @@ def to_latents(x: torch.Tensor, eps: torch.Tensor | None, codec: Codec) -> torch
 
 
 def training_step(
-    network, ema, optimizer, batch, keep, step, bf16=False, ema_decay=0.999
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One step of this rank -> its mean loss (); the sums of the losses of the images with their
-    prior and of those with S (2,); the norm of the gradient ().
-    network: a DoD, possibly inside DistributedDataParallel; batch: x0, x1 (b, C, H, W) latents and
-    noise, t, y (b,) times and classes; keep[i]: which images of this rank's micro-batch i keep
-    their prior, as indices. Nothing in it waits for the GPU.
+    network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple,
+    with_prior: list[Tensor], step: int, bf16: bool = False, ema_decay: float = 0.999,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One training step of this rank. It never synchronises with the GPU.
+
+    network: DoD or FiTv2, possibly inside DistributedDataParallel; batch: x0, x1 (b, C, H, W) data
+    and noise, t (b,) times, y (b,) classes; with_prior[i] (k,): which images of micro-batch i keep
+    their prior, as indices (empty for FiTv2) -> the mean loss (); the sum of the losses with a
+    prior, and of those with S (2,); the norm of the gradient before it is clipped ().
     """
     x0, x1, t, y = batch
-    size = len(x0) // len(keep)  # of a micro-batch
+    size = len(x0) // len(with_prior)  # of a micro-batch
     total = torch.zeros((), device=x0.device)
-    halves = torch.zeros(2, device=x0.device)
+    sums = torch.zeros(2, device=x0.device)
     optimizer.zero_grad(set_to_none=True)
-    for i, rows in enumerate(keep):
+    for i, rows in enumerate(with_prior):
         micro = slice(i * size, (i + 1) * size)
 
         # The gradients of the micro-batches add up. DistributedDataParallel averages them over the
         # ranks once a step, in the last one.
-        network.require_backward_grad_sync = i == len(keep) - 1
+        network.require_backward_grad_sync = i == len(with_prior) - 1
 
         # Eq. 3 trains backbone and LEM together: the prior of an image is its own latent.
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
-            loss = rectified_flow_loss(network, x0[micro], y[micro], x1[micro], t[micro], rows)
-
-        # The gap between the two halves of the batch is what the prior is worth.
-        with_prior = loss.detach()[rows].sum()
-        halves += torch.stack([with_prior, loss.detach().sum() - with_prior])
+            losses = rectified_flow_loss(network, x0[micro], y[micro], x1[micro], t[micro], rows)
 
         # Divided by the number of micro-batches, their sum is the mean over the whole batch.
-        loss = loss.mean() / len(keep)
-        loss.backward()  # adds to the gradients of the earlier micro-batches
+        loss = losses.mean() / len(with_prior)
+        loss.backward()
         total += loss.detach()
 
-    # CHOICE: the gradient is clipped to norm 1; the paper names no clip.
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-    optimizer.step()  # AdamW
+        # The gap between the mean losses with S and with a prior is what the prior is worth.
+        losses = losses.detach()
+        sum_with_prior = losses[rows].sum()
+        sums += torch.stack([sum_with_prior, losses.sum() - sum_with_prior])
+
+    # CHOICE: the gradient is clipped to norm 1, as FiTv2's configuration says; the paper does not.
+    norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
 
     # What is sampled from, and reported, is the moving average of the weights.
     update_ema(ema, network, step, ema_decay)
-    return total, halves, norm
+    return total, sums, norm
 
 
 @torch.no_grad()
-def update_ema(ema: DoD, network, step: int, decay: float = 0.999) -> None:
-    """ema <- decay ema + (1 - decay) weights, in fp32 (section 4.1).
+def update_ema(ema: nn.Module, network: nn.Module, step: int, decay: float = 0.999) -> None:
+    """ema <- decay ema + (1 - decay) weights, in fp32, at the end of step `step` (section 4.1).
 
     CHOICE: step n uses min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten.
     The paper prints a decay of 0.999; SiT's and FiTv2's code has 0.9999.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+    for average, weight in zip(ema.parameters(), network.parameters(), strict=True):
+        average.lerp_(weight, 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------- the loop
 
 
 def train(args: argparse.Namespace) -> None:
-    """The whole run: data, model, steps; at the end, images of the loss and of samples."""
-    rank, _ = processes()
-    device = pick_device(args.device)
-    torch.set_float32_matmul_precision("high")  # on a GPU, TF32 for what autocast leaves in fp32
-    bf16 = args.precision == "bf16"
-
-    # Data, the model that fits it, and this rank's share of each batch.
-    codec = load_codec(args.vae, device)
-    training, held_out, fingerprint = open_data(args, codec)
-    groups = group_classes(training.classes, args.class_groups)
-    channels, side = codec.latent_shape(args.channels, args.image_size)
-    config = replace(
-        CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=side,
-        latent_channels=channels, num_classes=len(groups), cfg=args.cfg, prior_from=args.prior_from,
-    )  # fmt: skip
-    share, keep = divide_batch(args.batch_size, args.p_s, args.grad_accum, bool(config.N))
-    keep = [rows.to(device) for rows in keep]  # now, since each copy would wait for the GPU
-
-    # What checkpoints say of the run, besides its weights.
-    about = {key: getattr(args, key) for key in RECORDED} | {"data": args.data, "classes": groups}
-    about |= {"fingerprint": fingerprint, "codec": codec.name, "scale": codec.scale}
-    about["config"] = asdict(config)
-
-    # Model, EMA and optimizer: new, or as they were in the checkpoint of this very run.
-    model, ema, optimizer, network = build(args, config, device)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    out = Path(args.out)
-    ckpt = out / "ckpt.pt"
-    done = resume(ckpt, parts, about) if ckpt.exists() else 0
-
-    # Rank 0 speaks for all: on the screen, in the log, in the checkpoints.
-    if rank == 0:
-        print(f"{args.model}, {len(training)} images in {len(groups)} classes, step {done}")
-        if not done:
-            save_checkpoint(ckpt, about, 0, parts)
-        cut_log(out / "log.jsonl", done)
-
-    # The loader carries images (or cached moments) and classes of this rank's share only.
-    items = batches(len(training), args.batch_size, args.seed, args.flip, done + 1)
-    loader = DataLoader(
-        training, batch_sampler=(batch[share] for batch in items), num_workers=args.workers,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
-    )  # fmt: skip
-    loaded = iter(loader)
+    """The training loop (section 4.1), from the step after the last checkpoint to --steps."""
+    run = set_up(args)
+    model, ema, optimizer = run.modules.values()
+    rank, ranks = rank_and_world_size()
+    device = model.device
+    generator = torch.Generator(device)
+    images = iter(run.loader)
 
     # From here on, Ctrl-C and SIGTERM only leave a note: no step is left half done.
-    caught = []
+    signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, frame: caught.append(signum))
-
-    generator = torch.Generator(device)
+        signal.signal(number, lambda signum, frame: signals.append(signum))
     stop = False
-    pending = []  # step, loss and gradient norm of the steps since the last record
+
+    results = []  # of the steps since the last record in the log
     began = time.time()
-    waited = 0.0
-    steps = range(done + 1, args.steps + 1)
+    waited = 0.0  # seconds
+    steps = range(run.done + 1, args.steps + 1)
+    bar = tqdm(steps, initial=run.done, total=args.steps, mininterval=1, disable=rank > 0)
     try:
-        for step in tqdm(steps, initial=done, total=args.steps, mininterval=1, disable=rank > 0):
-            # The time spent waiting here tells whether the loader keeps up with the device.
+        for step in bar:
+            # This rank's share of the images, or cached moments, and classes of the batch. The time
+            # spent waiting here tells whether the loader keeps up with the device.
             asked = time.time()
-            x, y = next(loaded)
+            try:
+                x, y = next(images)
+            except Exception as error:
+                save_finished(run, results, step - 1)
+                if args.workers:
+                    # The text of the error has the worker's traceback. This process's own would
+                    # keep the loader's iterator, and so its workers, alive.
+                    raise error.with_traceback(None) from None
+                raise
             waited += time.time() - asked
-            x = x.to(device, non_blocking=True)
-            y = y.to(device, non_blocking=True)
 
             # Noise, times and dropped classes are drawn for the global batch: this is our share.
-            draws = draw_noise(args.seed, step, args.batch_size, config, generator)
-            x1, eps, t, dropped = [draw[share] for draw in draws]
-            x0 = to_latents(x, eps, codec)
-            # --class-groups K: class k of n is the model's class k K // n.
-            y = y * config.num_classes // len(training.classes)
-            y = torch.where(dropped, model.null_class, y)
-            if step == done + 1 and codec.name != "none" and not 0.5 < x0.std() < 2:
+            draws = draw_noise(args.seed, step, args.batch_size, model.config, generator)
+            x1, eps, t, dropped = [draw[run.share] for draw in draws]
+            x0 = to_latents(x.to(device, non_blocking=True), eps, run.codec)
+            y = torch.where(dropped, model.null_class, y.to(device, non_blocking=True))
+            if step == run.done + 1 and args.vae != "none" and not 0.5 < x0.std() < 2:
                 print(f"warning: latents have std {x0.std():.3g}, not 1: is scaling_factor right?")
 
             # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * min(1, step / max(1, args.warmup))
-            loss, halves, norm = training_step(
-                network, ema, optimizer, (x0, x1, t, y), keep, step, bf16, args.ema_decay
+            batch = (x0, x1, t, y)
+            bf16 = args.precision == "bf16"
+            result = training_step(
+                run.network, ema, optimizer, batch, run.with_prior, step, bf16, args.ema_decay
             )
-            pending.append((step, loss, halves, norm))
+            results.append(result)
 
             # Several ranks vote at every tenth step only, for a vote waits for the GPU.
-            stop = bool(caught) and not dist.is_initialized()
-            if dist.is_initialized() and step % 10 == 0:
-                stop = sum_over_ranks(torch.tensor(len(caught), device=device)).item() > 0
+            stop = bool(signals) and ranks == 1
+            if ranks > 1 and step % 10 == 0:
+                stop = sum_over_ranks(torch.tensor(len(signals), device=device)).item() > 0
 
-            # Now and then: log, save, draw. Only then need the GPU have finished.
+            # Now and then: log, save. Only then need the GPU have finished.
             save = stop or step == args.steps or step % args.save_every == 0
             milestone = args.keep_every > 0 and step % args.keep_every == 0
-            if not (save or milestone or step % args.log_every == 0):
-                continue
-
-            # Nothing is written after a loss that is not finite: the last good checkpoint stays.
-            record = summarise(pending, args.batch_size, args.p_s if config.N else None, ckpt)
-            record["lr"] = optimizer.param_groups[0]["lr"]
-            seconds = time.time() - began
-            record["images_per_s"] = len(pending) * args.batch_size / seconds
-            record["waiting_for_data"] = waited / seconds  # a share of the time
-
-            # A milestone has all that sampling needs, ckpt.pt what resuming needs as well.
-            if rank == 0:
-                if save and len(held_out):
-                    record |= held_out_loss(ema, held_out, codec, args)
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(record) + "\n")
-                if milestone:
-                    save_checkpoint(out / f"ema-{step:07}.pt", about, step, {"ema": ema})
-                    draw_samples(ema, codec, training, args.seed, out / f"samples-{step:07}.png")
-                if save:
-                    save_checkpoint(ckpt, about, step, parts)
+            if save or milestone or step % args.log_every == 0:
+                after_interval(run, step, results, began, waited, save, milestone)
+                results = []
+                began = time.time()
+                waited = 0.0
             if stop:
                 break
-
-            # The next interval. Saving and drawing do not count in its images per second.
-            pending = []
-            began = time.time()
-            waited = 0.0
     finally:
-        # Workers ignore the SIGTERM by which Python would end them, also after an error.
-        getattr(loaded, "_shutdown_workers", list)()
+        # Workers ignore the SIGTERM by which Python would end them, so they are shut down here.
+        del images
 
-    wait()  # until rank 0 has saved: a rank that ends makes torchrun end the others
+    barrier()  # until rank 0 has saved: a rank that ends makes torchrun end the others
     if stop:
         print(f"stopped after step {step}; the same command with --resume continues")
         sys.exit(130)  # as a program ended by Ctrl-C
     if rank == 0:
-        plot_log(out / "log.jsonl", out / "loss.png")
-        draw_samples(ema, codec, training, args.seed, out / "samples.png")
-        print(f"next: python sample.py --ckpt {ckpt}, python evaluate.py stages --ckpt {ckpt}")
+        plot_log(run.out / "log.jsonl", run.out / "loss.png")
+        for command in ("sample.py", "evaluate.py stages"):
+            print(f"next: python {command} --ckpt {run.out}/ckpt.pt")
 
 
-# ---------------------------------------------------------------------- which images, on which rank
+def after_interval(
+    run: Run, step: int, results: list[tuple], began: float, waited: float, save: bool,
+    milestone: bool,
+) -> None:  # fmt: skip
+    """What follows an interval of steps: a record in the log and, where they are due, a checkpoint
+    (what resuming needs) and a milestone (what sampling needs). results: of training_step; began: a
+    time; waited: seconds. FloatingPointError, and nothing is saved, if a loss is not finite."""
+    record = summarise(run, step, results)
+    seconds = time.time() - began  # by now a GPU has finished these steps
+    images_per_s = len(results) * run.args.batch_size / seconds
+    record |= {"images_per_s": images_per_s, "seconds": seconds}
+    record["waiting_for_data"] = waited / seconds  # a share of the time
+    if run.matrix_rate:
+        flops = training_flops(run.modules["model"].config, run.args.p_s) * images_per_s
+        record["share_of_matrix_rate"] = flops / rank_and_world_size()[1] / run.matrix_rate
+        record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if rank_and_world_size()[0] > 0:
+        return
+
+    # The held-out loss belongs to the record. Should it fail, the steps are saved all the same.
+    ema = run.modules["ema"]
+    try:
+        if save and run.held_out:
+            record |= held_out_loss(ema, run.held_out, run.codec, run.args)
+    finally:
+        with open(run.out / "log.jsonl", "a") as log:
+            log.write(json.dumps(record) + "\n")
+        if milestone:
+            save_checkpoint(run.out / f"ema-{step:07}.pt", run.facts, step, {"ema": ema})
+        if save:
+            save_checkpoint(run.out / "ckpt.pt", run.facts, step, run.modules)
+    if save and "loss_S" in record:
+        tqdm.write(worth_of_prior(record, run.args))
+
+
+def save_finished(run: Run, results: list[tuple], step: int) -> None:
+    """Saves the finished steps before an error, such as an unreadable image, ends this rank. Any
+    rank may do so, for all have the same weights, and the others wait for it in the next step."""
+    saved = step % run.args.save_every == 0  # by rank 0, perhaps at this moment
+    if not saved and all(norm.isfinite() for _, _, norm in results):
+        save_checkpoint(run.out / "ckpt.pt", run.facts, step, run.modules)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Adds up, in place, what each rank has, if there are several."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+# --------------------------------------------------------------------------------- setting a run up
+
+
+@dataclass
+class Run:
+    """What the loop works with; set_up() makes it."""
+
+    args: argparse.Namespace
+    out: Path
+    codec: Codec
+    network: nn.Module  # what training calls, see build()
+    modules: dict  # model, ema and optimizer, whose states a checkpoint has
+    facts: dict  # what a checkpoint says besides
+    held_out: list  # items for held_out_loss()
+    share: slice  # this rank's part of a batch
+    with_prior: list[Tensor]  # see training_step()
+    loader: DataLoader
+    matrix_rate: float  # operations per second that a GPU is capable of; 0 without CUDA
+    done: int  # the steps that were done when the run was started or resumed
+
+
+def set_up(args: argparse.Namespace) -> Run:
+    """Makes all that a run needs, new or as it was in the checkpoint. Raises UserError."""
+    device = pick_device(args.device)
+    # CHOICE: on a GPU, training computes in bf16, as in FiTv2's configuration (--precision), and in
+    # TF32 what autocast leaves in fp32. The VAE, too: in true fp32, encoding would take several
+    # times as long as the step. Sampling and evaluation stay in fp32.
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+
+    # Data, the model that fits them, and this rank's share of each batch.
+    codec = load_codec(args.vae, device)
+    training, held_out, fingerprint = open_data(args, codec)
+    channels, side = codec.latent_shape(args.channels, args.image_size)
+    config = replace(
+        CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=side,
+        latent_channels=channels, num_classes=len(training.classes), w=args.w,
+        prior_from=args.prior_from,
+    )  # fmt: skip
+    share, with_prior = divide_batch(args.batch_size, args.p_s, args.grad_accum, config.N > 0)
+    with_prior = [rows.to(device) for rows in with_prior]  # now, since each copy waits for the GPU
+    # Held-out images are read now: an unreadable one would end the run half-way.
+    held_out = [held_out[i, False] for i in range(min(256, len(held_out)))]
+
+    # What checkpoints say of the run, besides its weights.
+    facts = {name: getattr(args, name) for name in RECORDED}
+    facts |= {"data": args.data, "classes": training.classes, "fingerprint": fingerprint}
+    facts |= {"codec": codec.name, "scale": codec.scale, "shift": codec.shift}
+    facts["config"] = asdict(config)
+
+    # Model, EMA and optimizer: new, or as they were in the checkpoint of this very run.
+    network, modules = build(args, config, device)
+    out = Path(args.out)
+    ckpt = out / "ckpt.pt"
+    done = resume(ckpt, modules, facts) if args.resume and ckpt.exists() else 0
+    barrier()  # all ranks have looked for it before rank 0 writes one
+    if rank_and_world_size()[0] == 0:
+        print(f"{args.model}, {len(training)} images in {config.num_classes} classes, step {done}")
+        if not done:
+            save_checkpoint(ckpt, facts, 0, modules)
+        cut_log(out / "log.jsonl", done)
+
+    # The loader carries images (or cached moments) and classes of this rank's share only.
+    numbers = batches(len(training), args.batch_size, args.seed, args.flip, done + 1)
+    cuda = device.type == "cuda"
+    loader = DataLoader(
+        training, batch_sampler=(batch[share] for batch in numbers), num_workers=args.workers,
+        pin_memory=cuda, worker_init_fn=ignore_signals,
+    )  # fmt: skip
+    rate = matrix_rate(device, args.precision == "bf16") if cuda else 0
+    return Run(
+        args, out, codec, network, modules, facts, held_out, share, with_prior, loader, rate, done
+    )
+
+
+def build(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[nn.Module, dict]:
+    """-> the network of a new run, and by name its model, ema and optimizer. The network is what
+    training calls: the model, with several ranks inside of DistributedDataParallel (DDP).
+
+    S and LEM are used outside of DDP's forward(), and their gradients are averaged over the ranks
+    all the same: its hooks sit on the parameters, wherever they are used.
+    CHOICE: AdamW's betas are the usual 0.9 and 0.999, as in FiTv2's configuration; the paper names
+    none. Rate and weight decay, 0, are those of section 4.1.
+    """
+    torch.manual_seed(args.seed)
+    model = build_model(config).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+
+    # CHOICE: LEM and the prior's MLP can learn at a rate of their own; the paper has one for all.
+    groups = [{"params": [], "peak_lr": args.lr}]
+    if config.N:
+        groups.append({"params": [], "peak_lr": args.lr * args.lem_lr_factor})
+    for name, weight in model.named_parameters():
+        groups[name.startswith(("lem.", "prior_mlp."))]["params"].append(weight)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True)
+    modules = {"model": model, "ema": ema, "optimizer": optimizer}
+
+    # Compiled block by block, so that the weights keep their names.
+    for module in model.modules():
+        if args.compile and isinstance(module, (Block, ViTBlock)):
+            module.compile(dynamic=False)
+    if rank_and_world_size()[1] == 1:
+        return model, modules
+
+    # DDP would cut compiled blocks into smaller ones; its documentation has no other name for this
+    # switch. Buffers are constants, which need no exchange.
+    torch._dynamo.config.optimize_ddp = False
+    network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return network, modules
+
+
+def matrix_rate(device: torch.device, bf16: bool) -> float:
+    """Operations per second of a large matrix product: what the device is capable of."""
+    from torch.utils.benchmark import Timer
+
+    matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if bf16 else None)
+    timer = Timer("m @ m", globals={"m": matrix}, num_threads=torch.get_num_threads())
+    repeats = 50 if device.type == "cuda" else 1
+    timer.timeit(repeats)  # the first products are slower
+    return 2 * len(matrix) ** 3 / timer.timeit(repeats).mean
+
+
+def ignore_signals(worker: int) -> None:
+    """For the loader's workers: a signal for the run must not end them before the run has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------- batches and images
 
 
 def batches(count: int, batch_size: int, seed: int, flip: bool, first: int) -> Iterator[list]:
-    """The items (image number, flipped) of the global batch, step after step from step `first` on.
-    The order is reshuffled every epoch, by (seed, epoch); a batch may span two epochs. CHOICE: with
-    `flip`, images are mirrored with probability 0.5, by (seed, step)."""
+    """Yields the items (image number, flipped) of the global batch, from step `first` on. The order
+    of the `count` images is a function of (seed, epoch). CHOICE: a batch may span two epochs, so
+    that none is smaller; with `flip`, images are mirrored with probability 0.5, by (seed, step)."""
 
     @lru_cache(maxsize=2)
     def permutation(epoch: int) -> np.ndarray:
@@ -292,27 +430,25 @@ def batches(count: int, batch_size: int, seed: int, flip: bool, first: int) -> I
         yield [(i, flip and bool(f)) for i, f in zip(numbers, flipped, strict=True)]
 
 
-def divide_batch(batch_size: int, p_s: float, accum: int, has_lem: bool) -> tuple[slice, list]:
+def divide_batch(batch_size: int, p_s: float, accum: int, lem: bool) -> tuple[slice, list[Tensor]]:
     """How the global batch is divided: a contiguous share for a rank, in `accum` micro-batches.
     -> this rank's share; which images of each micro-batch keep their prior, as indices. UserError
     where S or LEM would go untrained."""
     # Every micro-batch, on whatever rank, has the same size.
-    rank, ranks = processes()
+    rank, ranks = rank_and_world_size()
     size = batch_size // (ranks * accum)
     if size * ranks * accum != batch_size:
-        what = f"{ranks} ranks x {accum} micro-batches (--grad-accum)"
-        raise UserError(f"--batch-size {batch_size} is not divisible by {what}")
+        parts = f"{ranks} ranks x {accum} micro-batches (--grad-accum)"
+        raise UserError(f"--batch-size {batch_size} is not divisible by {parts}")
 
-    # Who keeps the prior is decided for the global batch. FiTv2 has none.
-    kept = torch.tensor(keeps_prior(batch_size, p_s if has_lem else 1)).view(ranks, accum, size)
-    if has_lem and (kept.all() or not kept.any(dim=2).all()):
-        what = f"--p-s {p_s} leaves S without an image, or LEM in a micro-batch of {size}"
-        raise UserError(f"{what}; raise --batch-size, lower --grad-accum, or choose 0 < p_s < 1")
+    # Which images keep their prior is decided for the global batch. FiTv2 has no priors.
+    keeps = keeps_prior(batch_size, p_s if lem else 1).view(ranks, accum, size)
+    if lem and (keeps.all() or not keeps.any(dim=2).all()):
+        fault = f"--p-s {p_s} leaves S without an image, or LEM in a micro-batch of {size}"
+        raise UserError(f"{fault}; raise --batch-size, lower --grad-accum, or choose 0 < p_s < 1")
     share = slice(rank * accum * size, (rank + 1) * accum * size)
-    return share, [rows.nonzero().squeeze(1) for rows in kept[rank]]
+    return share, [micro.nonzero().squeeze(1) for micro in keeps[rank]]
 
-
-# ---------------------------------------------------------------------------------------- data sets
 
 # 22 typefaces for text among those that come with matplotlib.
 TYPEFACES = """
@@ -324,25 +460,20 @@ TYPEFACES = """
 LETTERS = "ABCDEFGHIJ"
 
 
-@lru_cache(maxsize=4096)
-def typeface(face: str, height: int) -> ImageFont.FreeTypeFont:
-    """A typeface of matplotlib's, `height` pixels high."""
-    import matplotlib
-
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{face}.ttf", height)
-
-
 @lru_cache(maxsize=25_000)
-def draw_letter(i: int, size: int, channels: int) -> torch.Tensor:
+def draw_letter(i: int, size: int, channels: int) -> Tensor:
     """Letter number i, a function of i alone -> uint8 (channels, size, size), grey or RGB.
     The class is the letter. Its typeface, height, place, tilt (up to 20 degrees) and the two greys
     or colours are what only a visual prior can tell. Drawn four times too large, box-filtered."""
+    import matplotlib
+
     rng = np.random.default_rng((2411, i))  # 2411: any number
     letter = LETTERS[i % 10]
     big = 4 * size  # of the drawing, before it is filtered
 
     # White on black: typeface, height, place, tilt.
-    font = typeface(TYPEFACES[rng.integers(22)], round(big * rng.uniform(0.75, 1.05)))
+    face = f"{matplotlib.get_data_path()}/fonts/ttf/{TYPEFACES[rng.integers(22)]}.ttf"
+    font = ImageFont.truetype(face, round(big * rng.uniform(0.75, 1.05)))
     # Its bounding box is centred, then moved by up to 5% in each direction.
     box = np.reshape(font.getbbox(letter), (2, 2))
     corner = (big - box.sum(0)) / 2 + rng.uniform(-0.05, 0.05, 2) * big
@@ -360,186 +491,48 @@ def draw_letter(i: int, size: int, channels: int) -> torch.Tensor:
 
 
 class Labelled(Dataset):
-    """Labelled images, or cached latents: item (i, flipped) -> uint8 image or moments, and class.
-    The set consists of some `rows` of `members`, and load(member) reads one. The sampler decides
-    about flips, so that they are a function of (seed, step)."""
+    """Images, or cached latents, with their classes: the original ones, and those that the model
+    knows. With --class-groups K, class k of n is the model's class k K // n."""
 
-    def __init__(self, classes: list[str], labels, members, load: Callable, rows: np.ndarray):
-        self.classes = classes
-        self.labels = np.asarray(labels)[rows]
+    def __init__(
+        self, classes: list, labels: list, members: Sequence, load: Callable, groups: int | None
+    ):
+        """classes: their names; labels (n,): the class of each member; load(member) reads it;
+        groups: K, or None. Raises UserError if there are fewer classes than groups."""
+        self.original_classes = classes
+        self.original_labels = np.asarray(labels)
+        self.classes = group_classes(classes, groups)
+        self.labels = self.original_labels * len(self.classes) // len(classes)
         self.members = members
         self.load = load
-        self.rows = rows
+        self.rows = np.arange(len(self.labels))  # the members that belong to this set
+
+    def subset(self, rows: np.ndarray) -> Labelled:
+        """The members `rows`, in that order."""
+        part = copy.copy(self)
+        part.original_labels = self.original_labels[rows]
+        part.labels = self.labels[rows]
+        part.rows = rows
+        return part
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, item: tuple[int, bool]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
+        """(i, flipped) -> a uint8 image (channels, size, size) or the moments of its latent, fp32
+        (2, C, H, W); the model's class. The sampler decides on flips, so that they are a function
+        of (seed, step). Raises UserError that names an unreadable image."""
         i, flipped = item
         x = self.load(self.members[self.rows[i]])
-        if isinstance(x, np.ndarray):  # cached moments of the image and of its mirror image
-            x = torch.from_numpy(x[int(flipped)].astype(np.float32))
+        if x.dtype != torch.uint8:  # the moments of an image and of its mirror image
+            x = x[int(flipped)].float()
         elif flipped:
             x = x.flip(-1)
         return x, int(self.labels[i])
 
 
-def read_data(data: str, size: int, channels: int) -> tuple[list, str]:
-    """--data -> [class names, the class of each member, the members, how to load one], all but the
-    rows of a Labelled; and a fingerprint, which tells by names whether a later command sees the
-    same classes and files. Raises UserError or FileNotFoundError for an unusable folder."""
-    if data == "letters":
-        labels = [i % 10 for i in range(25_000)]
-        digest = hashlib.sha256(json.dumps([list(LETTERS), labels]).encode())
-        load = partial(draw_letter, size=size, channels=channels)
-        return [list(LETTERS), labels, range(25_000), load], digest.hexdigest()
-
-    # A folder with a folder for each class. No file is opened, nor its size looked up.
-    from torchvision.datasets import ImageFolder
-
-    if not Path(data).is_dir():
-        raise UserError(f"--data {data} is neither letters nor a folder")
-    folder = ImageFolder(data)
-    files = [file for file, _ in folder.samples]
-    digest = hashlib.sha256(json.dumps([folder.classes, folder.targets]).encode())
-    for file in files:
-        digest.update(f"{Path(file).relative_to(data)}\n".encode())
-    load = partial(open_image, size=size, channels=channels)
-    return [folder.classes, folder.targets, files, load], digest.hexdigest()
-
-
-def split(everything: list, held_out: float) -> tuple[Labelled, Labelled]:
-    """What read_data returns -> training set and held-out set: a share of all, at most 5,000, the
-    same for any --seed. Raises UserError for a class that has no image left to train on."""
-    classes, labels, *_ = everything
-    order = np.random.default_rng(0).permutation(len(labels))
-    cut = min(round(held_out * len(labels)), 5000)
-    training = Labelled(*everything, order[cut:])
-    untrained = set(range(len(classes))) - set(training.labels.tolist())
-    if untrained:
-        raise UserError(f"class {classes[min(untrained)]} has no training image; lower --held-out")
-    return training, Labelled(*everything, order[:cut])
-
-
-def load_data(data: str, size: int, channels: int, held_out: float) -> tuple:
-    """-> training images, held-out images, fingerprint: see read_data and split."""
-    everything, fingerprint = read_data(data, size, channels)
-    return *split(everything, held_out), fingerprint
-
-
-# ------------------------------------------------------------------------------------- latent cache
-
-# Each worker opens its own memory map: a pickled one would be the whole file.
-open_latents = lru_cache(maxsize=1)(partial(np.load, mmap_mode="r"))
-
-
-def read_latents(file: Path, i: int) -> np.ndarray:
-    """The moments of image i and of its mirror image: (2 flips, 2 moments, C, H, W), fp16."""
-    latents = open_latents(file)
-    latents._mmap.madvise(mmap.MADV_RANDOM)  # reads are random: the system should not read ahead
-    return latents[i]
-
-
-def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: dict) -> None:
-    """Encodes all images of --data into latents.npy, (n, 2 flips, 2 moments, C, H, W) in fp16:
-    mean and standard deviation of the VAE's posterior, from which each step draws anew. Each rank
-    encodes a contiguous part. The file gets its name when it is complete."""
-    rank, ranks = processes()
-    everything, fingerprint = read_data(args.data, args.image_size, args.channels)
-    images = Labelled(*everything, np.arange(len(everything[1])))
-    n = len(images)
-    temporary = file.with_name(".dod-latents.npy")
-
-    # Rank 0 makes the file. Its pages take up space only later, so the disk is looked at now.
-    if rank == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        channels, side = codec.latent_shape(args.channels, args.image_size)
-        np.lib.format.open_memmap(temporary, "w+", np.float16, (n, 2, 2, channels, side, side))
-        size = temporary.stat().st_size
-        if shutil.disk_usage(file.parent).free < size:
-            raise UserError(f"--cache needs {size / 1e9:.2f} GB, more than {file.parent} has free")
-    wait()
-
-    # This rank's part. Images are mirrored here, so that each file is read only once.
-    latents = np.lib.format.open_memmap(temporary, "r+")
-    items = [(i, False) for i in range(rank * n // ranks, (rank + 1) * n // ranks)]
-    loader = DataLoader(images, batch_size=64, sampler=items, num_workers=args.workers)
-    for k, (x, _) in enumerate(tqdm(loader, "encoding", disable=rank > 0)):
-        place = items[64 * k][0]
-        for flipped, view in enumerate([x, x.flip(-1)]):
-            moments = torch.stack(codec.moments(view), dim=1)  # (b, 2, C, H, W)
-            latents[place : place + len(x), flipped] = moments.half().cpu().numpy()
-    latents.flush()
-    wait()
-
-    # What else training needs, and what tells one cache from another.
-    if rank == 0:
-        note = {"classes": images.classes, "labels": images.labels.tolist()}
-        note |= {"fingerprint": fingerprint} | settings
-        file.with_name("about.json").write_text(json.dumps(note))
-        temporary.replace(file)
-    wait()
-
-
-def open_data(args: argparse.Namespace, codec: Codec) -> tuple[Labelled, Labelled, str]:
-    """Training set, held-out set and fingerprint, of the images of --data or of their --cache. A
-    full cache needs neither the images nor a look at their folder. Raises UserError."""
-    if not args.cache:
-        return load_data(args.data, args.image_size, args.channels, args.held_out)
-    file = Path(args.cache) / "latents.npy"
-    settings = {"data": str(Path(args.data).resolve()), "image_size": args.image_size}
-    settings |= {"vae": codec.name, "scale": codec.scale}
-    missing = not file.exists()
-    wait()  # all ranks have looked before one of them begins to write
-    if missing:
-        encode_cache(file, args, codec, settings)
-
-    # Latents of another data set, VAE or size would silently train another model.
-    note = json.loads(file.with_name("about.json").read_text())
-    for key, value in settings.items():
-        if note[key] != value:
-            raise UserError(f"--cache {args.cache} was made with {key} {note[key]}, not {value}")
-    members = range(len(note["labels"]))
-    everything = [note["classes"], note["labels"], members, partial(read_latents, file)]
-    return *split(everything, args.held_out), note["fingerprint"]
-
-
-# -------------------------------------------------------------------------------------- checkpoints
-
-# The flags on which the result of a run depends. A resumed run has to repeat them.
-RECORDED = """
-    image_size channels held_out batch_size lr lem_lr_factor warmup p_s flip seed precision
-    ema_decay
-""".split()
-
-
-def save_checkpoint(path: Path, about: dict, step: int, parts: dict) -> None:
-    """Writes a checkpoint, whole or not at all. parts: ema and, for resuming, model, optimizer."""
-    states = {key: part.state_dict() for key, part in parts.items()}
-    with replacing(path) as temporary:
-        torch.save({"format": "dod-3", "step": step, **about, **states}, temporary)
-
-
-def resume(path: Path, parts: dict, about: dict) -> int:
-    """Loads a checkpoint into the parts of a run -> its step. UserError if it is another run's."""
-    # Compare every setting its result depends on. Data and VAE may have moved.
-    saved = load_checkpoint(path)
-    then = saved | saved["config"]
-    free = ("data", "codec", "config", "cfg", "fingerprint")
-    for key, value in (about | about["config"]).items():
-        if key not in free and then.get(key) != value:
-            raise UserError(f"cannot resume {path}: {key} was {then.get(key)}, now {value}")
-
-    # A broken image may have been mended or removed since: the run goes on, and says so.
-    if saved["fingerprint"] != about["fingerprint"]:
-        print("files of --data were added, removed or renamed: others are held out from now on")
-    for key, part in parts.items():
-        part.load_state_dict(saved[key])
-    return saved["step"]
-
-
 def group_classes(names: list[str], K: int | None) -> list[str]:
-    """--class-groups K: class k of n belongs to group k K // n -> the groups' names, like A-E."""
+    """The names of the K groups of --class-groups, like A-E; None: those of the classes."""
     K = K or len(names)
     if K > len(names):
         raise UserError(f"--class-groups {K}: there are only {len(names)} classes")
@@ -549,151 +542,312 @@ def group_classes(names: list[str], K: int | None) -> list[str]:
     return ["-".join(dict.fromkeys([group[0], group[-1]])) for group in groups]
 
 
-def build(args: argparse.Namespace, config: Config, device: torch.device) -> tuple:
-    """-> model, its EMA, optimizer and network of a new run. The network is what training calls:
-    the model, with --compile compiled, and with several ranks inside of DistributedDataParallel.
+def read_data(data: str, size: int, channels: int, groups: int | None) -> tuple[Labelled, str]:
+    """--data -> all its images; a fingerprint, which tells by names whether a later command sees
+    the same classes and files. Raises UserError or FileNotFoundError for an unusable folder."""
+    if data == "letters":
+        labels = [i % 10 for i in range(25_000)]
+        digest = hashlib.sha256(json.dumps([list(LETTERS), labels]).encode())
+        load = partial(draw_letter, size=size, channels=channels)
+        return Labelled(list(LETTERS), labels, range(25_000), load, groups), digest.hexdigest()
 
-    CHOICE: AdamW's betas are the usual 0.9 and 0.999; section 4.1 names rate and weight decay.
-    """
-    torch.manual_seed(args.seed)
-    model = DoD(config)
-    # --init: another run's EMA weights, but where shapes differ, as with other classes.
-    if args.init:
-        saved = load_checkpoint(args.init)["ema"]
-        own = model.state_dict()
-        fitting = {key: v for key, v in saved.items() if key in own and v.shape == own[key].shape}
-        model.load_state_dict(own | fitting)
-        print(f"--init: fresh weights: {', '.join(own.keys() - fitting.keys()) or 'none'}")
+    # A folder with a folder for each class. No file is opened, nor its size looked up.
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    # The average starts as a copy of the weights; it is never trained itself.
-    model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    # LEM and the MLP behind it may learn at a rate of their own.
-    groups = []
-    for own, lr in ((False, args.lr), (True, args.lr * args.lem_lr_factor)):
-        named = model.named_parameters()
-        part = [p for name, p in named if name.startswith(("lem.", "prior_mlp.")) == own]
-        groups += [{"params": part, "lr": lr, "peak_lr": lr}] if part else []
-    optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True)
+    if not Path(data).is_dir():
+        raise UserError(f"--data {data} is neither letters nor a folder")
+    folders = sorted(entry.name for entry in os.scandir(data) if entry.is_dir())
+    classes = [name for name in folders if name[0] != "."]
+    if not classes:
+        raise UserError(f"--data {data} has no folders; it needs one for each class")
+    found = make_dataset(data, {name: k for k, name in enumerate(classes)}, IMG_EXTENSIONS)
 
-    # Compiled block by block, so that the weights keep their names.
-    blocks = [module for module in model.modules() if isinstance(module, (Block, ViTBlock))]
-    if args.compile:
-        for block in blocks:
-            block.compile(dynamic=False)
-    if processes()[1] == 1:
-        return model, ema, optimizer, model
-
-    # Gradients are averaged over the ranks. The buffers are constants, which need no exchange.
-    torch._dynamo.config.optimize_ddp = False  # it would cut graphs that are small already
-    model._ddp_params_and_buffers_to_ignore = [name for name, _ in model.named_buffers()]
-    return model, ema, optimizer, DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Hidden folders, like .ipynb_checkpoints, and hidden files are nobody's images.
+    paths = {file: os.path.relpath(file, data) for file, _ in found}
+    samples = [(file, k) for file, k in found if f"{os.sep}." not in paths[file]]
+    if len(classes) < len(folders) or len(samples) < len(found):
+        print(f"--data {data}: hidden files and folders are left out")
+    files = [file for file, _ in samples]
+    labels = [k for _, k in samples]
+    digest = hashlib.sha256(json.dumps([classes, labels]).encode())
+    for file in files:
+        digest.update(f"{paths[file]}\n".encode())
+    load = partial(open_image, size=size, channels=channels)
+    return Labelled(classes, labels, files, load, groups), digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------- log and signals
+def split(images: Labelled, held_out: float) -> tuple[Labelled, Labelled]:
+    """All images -> training set and held-out set, the same for any --seed. Raises UserError for a
+    class that has no image left to train on.
+    CHOICE: a tenth of the images, at most 5,000, is held out by default; the paper names none."""
+    order = shuffled_order(len(images))
+    cut = min(round(held_out * len(images)), 5000)
+    training = images.subset(order[cut:])
+    classes = images.original_classes
+    untrained = set(range(len(classes))) - set(training.original_labels.tolist())
+    if untrained:
+        raise UserError(f"class {classes[min(untrained)]} has no training image; lower --held-out")
+    return training, images.subset(order[:cut])
 
 
-def summarise(pending: list[tuple], batch_size: int, p_s: float | None, ckpt: Path) -> dict:
-    """A log record of the last steps, over all ranks. pending: (step, loss (), halves (2,), norm
-    ()) of each, read here and not in each step, so that a GPU need not wait; p_s: None without LEM.
-    Raises FloatingPointError that names the first step that is not finite."""
-    losses = sum_over_ranks(torch.stack([loss for _, loss, _, _ in pending])) / processes()[1]
-    halves = sum_over_ranks(torch.stack([halves for _, _, halves, _ in pending])).mean(0)
-    norms = torch.stack([norm for _, _, _, norm in pending])
+def load_data(
+    data: str, size: int, channels: int, held_out: float, class_groups: int | None = None
+) -> tuple[Labelled, Labelled, str]:
+    """-> training images, held-out images, fingerprint: see read_data and split."""
+    images, fingerprint = read_data(data, size, channels, class_groups)
+    return *split(images, held_out), fingerprint
+
+
+# ------------------------------------------------------------------------------------- latent cache
+
+
+def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: dict) -> None:
+    """Encodes all images of --data into latents.npy, (n, 2 flips, 2 moments, C, H, W) in fp16: mean
+    and standard deviation of the VAE's posterior, from which each step draws anew. Each rank
+    encodes a contiguous part. The file gets its name when it is complete. Raises UserError.
+    CHOICE: fp16; what it rounds away is far below the deviation."""
+    rank, ranks = rank_and_world_size()
+    note = {"made": time.time()} | settings
+    images, note["fingerprint"] = read_data(args.data, args.image_size, args.channels, None)
+    note |= {"classes": images.classes, "labels": images.labels.tolist()}
+    channels, side = codec.latent_shape(args.channels, args.image_size)
+    n = len(images)
+    record = 2 * 2 * channels * side * side * 2  # bytes of an image
+
+    # Rank 0 makes the file, in its full size: a disk that is too small is noticed now.
+    path = file.with_name(f".dod-{file.name}")  # the name that replacing() gives it
+    with replacing(file) if rank == 0 else nullcontext():
+        if rank == 0:
+            shape = (n, 2, 2, channels, side, side)
+            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            with open(path, "wb") as latents:
+                np.lib.format.write_array_header_1_0(latents, header)
+                latents.truncate(latents.tell() + n * record)
+                if hasattr(os, "posix_fallocate"):  # macOS has no such call
+                    os.posix_fallocate(latents.fileno(), 0, os.path.getsize(path))
+        barrier()
+
+        # This rank's part. Images are mirrored here, so that each file is read only once. Records
+        # are written whole; in a memory map, two nodes would undo each other's part of a page.
+        items = [(i, False) for i in range(rank * n // ranks, (rank + 1) * n // ranks)]
+        loader = DataLoader(images, batch_size=64, sampler=items, num_workers=args.workers)
+        with open(path, "rb+") as latents:
+            place = os.fstat(latents.fileno()).st_size - (n - rank * n // ranks) * record
+            for x, _ in tqdm(loader, "encoding", disable=rank > 0):
+                views = [torch.stack(codec.moments(view), dim=1) for view in (x, x.flip(-1))]
+                moments = torch.stack(views, dim=1)  # (b, 2, 2, C, H, W)
+                place += os.pwrite(latents.fileno(), moments.half().cpu().numpy(), place)
+            os.fsync(latents.fileno())
+        barrier()
+
+        # What else training needs, and what tells one cache from another.
+        if rank == 0:
+            file.with_name("about.json").write_text(json.dumps(note))
+    barrier()
+
+
+def open_data(args: argparse.Namespace, codec: Codec) -> tuple[Labelled, Labelled, str]:
+    """Training set, held-out set and fingerprint, of the images of --data or of their --cache. A
+    full cache needs neither the images nor a look at their files. Raises UserError."""
+    shape = (args.image_size, args.channels)
+    if not args.cache:
+        return load_data(args.data, *shape, args.held_out, args.class_groups)
+    file = Path(args.cache) / "latents.npy"
+    settings = {"data": str(Path(args.data).resolve()), "image_size": args.image_size}
+    settings |= {"vae": codec.name, "scale": codec.scale}
+    missing = not file.exists()
+    barrier()  # all ranks have looked before one of them begins to write
+    if missing:
+        with locked(file.parent) if rank_and_world_size()[0] == 0 else nullcontext():
+            encode_cache(file, args, codec, settings)
+
+    # Latents of another data set, VAE or size would silently train another model.
+    note = json.loads(file.with_name("about.json").read_text())
+    for key, value in settings.items():
+        if note[key] != value:
+            raise UserError(f"--cache {args.cache} was made with {key} {note[key]}, not {value}")
+
+    # A file that is added to a folder, or a folder to --data, changes the folder's time.
+    classes = note["classes"]
+    labels = note["labels"]
+    made = time.ctime(note["made"])
+    print(f"--cache has {len(labels)} images in {len(classes)} classes, encoded {made}")
+    folders = [Path(args.data), *(Path(args.data) / name for name in classes)]
+    if any(folder.stat().st_mtime > note["made"] for folder in folders if folder.exists()):
+        print(f"--data {args.data} has changed since; what was added is not in the cache")
+    load = partial(read_latents, file)
+    images = Labelled(classes, labels, range(len(labels)), load, args.class_groups)
+    return *split(images, args.held_out), note["fingerprint"]
+
+
+# -------------------------------------------------------------------------- checkpoints and the log
+
+# The flags on which the result of a run depends. A resumed run has to repeat them.
+RECORDED = """
+    image_size channels held_out batch_size lr lem_lr_factor warmup p_s flip seed precision
+    ema_decay
+""".split()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps two runs from writing into one folder. Raises UserError if another one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".dod-lock", "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run writes into {folder}; wait until it ends") from None
+        except (ImportError, OSError):  # on Windows, and on some network file systems
+            print(f"{folder} cannot be locked: start no second run that writes to it")
+        try:
+            yield
+        finally:
+            # A run that has failed early leaves nothing behind. (Windows keeps open files.)
+            with suppress(OSError):
+                Path(file.name).unlink()
+                folder.rmdir()  # fails, rightly, unless it is empty
+
+
+def save_checkpoint(path: Path, facts: dict, step: int, modules: dict) -> None:
+    """Writes a checkpoint, whole or not at all. modules: ema and, for resuming, model, optimizer.
+    Raises UserError if the disk is full."""
+    states = {name: module.state_dict() for name, module in modules.items()}
+    with replacing(path) as temporary:
+        torch.save({"format": "dod-4", "step": step, **facts, **states}, temporary)
+
+
+def resume(path: Path, modules: dict, facts: dict) -> int:
+    """Loads a checkpoint into a run's modules -> its step. UserError if it is another run's."""
+    # Compare every setting its result depends on. Data and VAE may have moved.
+    saved = load_checkpoint(path)
+    before = saved | saved["config"]
+    free = ("data", "codec", "config", "w", "fingerprint")
+    for key, value in (facts | facts["config"]).items():
+        if key not in free and before.get(key) != value:
+            raise UserError(f"cannot resume {path}: {key} was {before.get(key)}, now {value}")
+
+    # A broken image may have been removed since: the run goes on, and says what that means.
+    if saved["fingerprint"] != facts["fingerprint"]:
+        print("warning: files of --data were added, removed or renamed since: now others are held")
+        print("out, which the model has trained on, so their losses and FIDs will be too low")
+    for name, module in modules.items():
+        module.load_state_dict(saved[name])
+    return saved["step"]
+
+
+def summarise(run: Run, step: int, results: list[tuple]) -> dict:
+    """The losses, gradient norm and rate of an interval that ends with `step`, over all ranks. They
+    are read here and not in each step, so that a GPU need not wait. Raises FloatingPointError that
+    names the first step that is not finite."""
+    losses, sums, norms = [torch.stack(column) for column in zip(*results, strict=True)]
+    losses = sum_over_ranks(losses) / rank_and_world_size()[1]
     bad = (~(losses + norms).isfinite()).nonzero()
     if len(bad):
-        what = f"the loss of step {pending[bad[0]][0]} (or its gradient) is not finite"
-        raise FloatingPointError(f"{what}; {ckpt} is the last good one; try a lower --lr")
-    record = {"step": pending[-1][0], "loss": losses.mean().item()}
-    if p_s is not None:
-        without = round(p_s * batch_size)  # the images with S, in each step
-        record["loss_prior"] = halves[0].item() / (batch_size - without)
-        record["loss_S"] = halves[1].item() / without
-    return record | {"grad_norm": norms.mean().item()}
+        what = f"the loss of step {step - len(results) + 1 + int(bad[0])} (or its gradient)"
+        last = f"{run.out}/ckpt.pt is the last good one"
+        raise FloatingPointError(f"{what} is not finite; {last}; try a lower --lr")
+    record = {"step": step, "loss": losses.mean().item()}
+
+    # Means over the images with their prior and over those with S, as many in each step.
+    args = run.args
+    sums = sum_over_ranks(sums).mean(0).tolist()
+    if args.latent_tokens:
+        with_S = round(args.p_s * args.batch_size)
+        record["loss_prior"] = sums[0] / (args.batch_size - with_S)
+        record["loss_S"] = sums[1] / with_S
+    lr = run.modules["optimizer"].param_groups[0]["lr"]
+    return record | {"grad_norm": norms.mean().item(), "lr": lr}
 
 
 @torch.no_grad()
-def held_out_loss(ema: DoD, held_out: Labelled, codec: Codec, args: argparse.Namespace) -> dict:
-    """Eq. 3 of the EMA model on up to 256 held-out images, with the same noise and times each time,
-    those of step 0, and no class dropped. It rises when the model begins to overfit."""
-    device = ema.cos.device
-    items = [held_out[i, False] for i in range(min(256, len(held_out)))]
-    generator = torch.Generator(device)
-    x1, eps, t, _ = draw_noise(args.seed, 0, len(items), ema.config, generator)
-    x0 = to_latents(torch.stack([x for x, _ in items]).to(device), eps, codec)
-    y = torch.tensor([k for _, k in items], device=device)
-    y = y * ema.config.num_classes // len(held_out.classes)
-    kept = torch.tensor(keeps_prior(len(items), args.p_s if ema.config.N else 1), device=device)
-    losses = rectified_flow_loss(ema, x0, y, x1, t, kept.nonzero().squeeze(1))
+def held_out_loss(
+    ema: nn.Module, items: list[tuple], codec: Codec, args: argparse.Namespace
+) -> dict[str, float]:
+    """Eq. 3 on n held-out items, see Labelled, with noise and times of step 0 each time and no
+    class dropped: the mean, and for DoD those of the images with their prior and of those with S.
+    It rises when the model begins to overfit."""
+    x, y = default_collate(items)
+    device = ema.device
+    x1, eps, t, _ = draw_noise(args.seed, 0, len(x), ema.config, torch.Generator(device))
+    x0 = to_latents(x.to(device), eps, codec)
+    keeps = keeps_prior(len(x), args.p_s if ema.config.N else 1).to(device)
+    losses = rectified_flow_loss(ema, x0, y.to(device), x1, t, keeps.nonzero().squeeze(1))
     found = {"held_out_loss": losses.mean().item()}
-    if ema.config.N:
-        found["held_out_loss_prior"] = losses[kept].mean().item()
-        found["held_out_loss_S"] = losses[~kept].mean().item()
+    if 0 < keeps.sum() < len(x):
+        found["held_out_loss_prior"] = losses[keeps].mean().item()
+        found["held_out_loss_S"] = losses[~keeps].mean().item()
     return found
 
 
+def worth_of_prior(record: dict, args: argparse.Namespace) -> str:
+    """One line: how far a prior lowers the loss. After the start of a run it warns below 1%: a dead
+    LEM gives all images the same prior. A gap that is small but not zero passes without a warning.
+    """
+    gap = record["loss_S"] - record["loss_prior"]
+    share = gap / record["loss_S"]
+    line = f"step {record['step']}: the prior lowers the loss by {gap:.3f} ({share:.0%})"
+    started = record["step"] > args.warmup and record["step"] >= args.steps / 10
+    if started and share < 0.01:
+        advice = "try a lower --lr, a longer --warmup, or a smaller --lem-lr-factor"
+        line += f"\nwarning: LEM learns nothing; {advice}"
+    return line
+
+
 def cut_log(path: Path, step: int) -> None:
-    """Drops the records after the checkpoint's step: those steps will come again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may cut off the last one
+    """Drops the records after the checkpoint's step, for those steps will come again, and lines
+    that a kill or a full disk has damaged."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
+            print(f"a damaged line of {path} is dropped")
     with replacing(path) as temporary:
-        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        temporary.write_text("".join(kept))
 
 
 def plot_log(log: Path, out: Path) -> None:
-    """Draws the loss of log.jsonl, in training and on held-out images."""
+    """Draws the loss of log.jsonl, in training and on held-out images; for DoD with and without a
+    prior, for FiTv2 of all images."""
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(7, 4), layout="tight")
     axes = figure.subplots()
-    for key in ("loss", "held_out_loss"):
-        points = [(record["step"], record[key]) for record in records if key in record]
-        axes.plot(*np.reshape(points, (-1, 2)).T, label=key)
-    axes.set(title="Eq. 3", xlabel="step", yscale="log")
+    curves = {"loss": "all images"}
+    halves = [[x["step"], x["loss_S"], x["loss_prior"]] for x in records if "loss_S" in x]
+    if halves:
+        steps, upper, lower = np.transpose(halves)
+        axes.fill_between(steps, lower, upper, alpha=0.2, label="what the prior is worth")
+        curves = {"loss_S": "images with the token S", "loss_prior": "images with their prior"}
+    for i, (key, name) in enumerate(curves.items()):
+        for column, style in ((key, "-"), (f"held_out_{key}", "--.")):
+            points = [(x["step"], x[column]) for x in records if column in x]
+            label = f"{'training' if style == '-' else 'held out'}, {name}"
+            axes.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}", label=label)
+    axes.set(xlabel="training step", ylabel="loss (Eq. 3): mean squared error of v", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")  # 0.1, not 10^-1
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
     figure.savefig(out, dpi=100)
 
 
-def draw_samples(ema: DoD, codec: Codec, data: Labelled, seed: int, out: Path) -> None:
-    """Draws real images of up to ten classes, then stages 1 to 3, always from the same noise."""
-    # Four rows of them; a class with fewer images shows some again.
-    shown = np.unique(data.labels)[:10].tolist()
-    members = [np.resize(np.flatnonzero(data.labels == k), 4) for k in shown]
-    real = torch.stack([data[i, False][0] for i in np.transpose(members).flatten()])
-    blocks = [("real", codec.decode(to_latents(real.to(ema.cos.device), None, codec)))]
-
-    # Nothing but the weights changes from one such file of a run to the next.
-    y = torch.tensor(shown * 4, device=ema.cos.device) * ema.config.num_classes // len(data.classes)
-    samples, _ = generate(ema, y, stages=3 if ema.config.N else 1, seed=seed)
-    for i, z0 in enumerate(samples):
-        blocks.append((f"stage {i + 1}", codec.decode(z0)))
-    draw_grid(out, blocks, [data.classes[k] for k in shown])
-
-
-def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Adds up what each rank has, if there are several."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def ignore_signals(worker: int) -> None:
-    """For the loader's workers: a signal for the run must not end them before the run has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 # ------------------------------------------------------------------------------------------ command
 
-# Defaults that depend on --data, --vae and --model. FOLDER serves any folder of images. cfg of the
-# letters: the best of a scan against training images, not held-out ones.
-LETTER_DATA = dict(image_size=16, channels=1, patch_size=4, flip=False, cfg=2.0)
-FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, cfg=3.5)
-IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, cfg=5.5)  # with --vae
-# CHOICE: DoD-Ti learns at 20 times the paper's rate, after a warm-up. Without the warm-up LEM died
-# in our runs: e_s became the same for all images, and the loss with a prior the same as without.
-SMALL = dict(batch_size=64, lr=2e-3, lem_lr_factor=1.0, warmup=300, steps=2500, save_every=500)
+# Defaults that depend on --data, --vae and --model. FOLDER serves any folder of images. w, the
+# guidance scale, of the letters: the best of a scan against training images, not held-out ones.
+LETTER_DATA = dict(image_size=16, channels=1, patch_size=4, flip=False, w=2.0)
+FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, w=3.5)
+IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, w=5.5)  # with --vae
+# CHOICE: DoD-Ti learns at 20 times the paper's rate, after a warm-up, and LEM at a quarter of that.
+# With one rate, the gap (loss with S minus loss with a prior) stayed at 0.05 until step 1,250 and
+# was 0.063 at 2,500; with a quarter it was 0.092, but the loss with S rose from 0.213 to 0.219
+# (assets/reports). Without a warm-up LEM died: every image got the same e_s.
+SMALL = dict(batch_size=64, lr=2e-3, lem_lr_factor=0.25, warmup=300, steps=2500, save_every=500)
 # Batch size and rate are those of section 4.1, the 400,000 steps those of section 4.2.
 # CHOICE: no warm-up, for the paper says that the rate is constant; FiTv2's code has one (--warmup).
 PAPER = dict(batch_size=256, lr=1e-4, lem_lr_factor=1.0, warmup=0, steps=400_000, save_every=10_000)
@@ -701,20 +855,19 @@ PAPER = dict(batch_size=256, lr=1e-4, lem_lr_factor=1.0, warmup=0, steps=400_000
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags. Those without a default here get it from the tables above."""
-    parser = Parser(epilog="Default None: what suits --data, --vae and --model, else nothing.")
+    parser = Parser(epilog="A default of None is replaced to suit --data, --vae and --model.")
     switch = argparse.BooleanOptionalAction
-    share = at_least(float, 0, 1)
-    natural = at_least(int, 1)
-    count = at_least(int, 0)
+    share = bounded(float, 0, 1)
+    natural = bounded(int, 1)
+    count = bounded(int, 0)
     # fmt: off
     add = parser.add_argument
-    add("--data", default="letters", help="letters, or a folder with one for each class")
-    add("--vae", default="none", help="Stable Diffusion's: name on the hub, or folder")
-    add("--cache", help="folder for the latents of --vae, encoded once")
-    add("--model", default="DoD-Ti", choices=CONFIGS, help="preset; -Ti are for a CPU")
+    add("--data", default="letters", help="letters, or a folder that has a folder for each class")
+    add("--vae", default="none", help="Stable Diffusion's: its name on the hub, or a folder")
+    add("--cache", help="folder for the latents of --vae, which are encoded once")
+    add("--model", default="DoD-Ti", choices=CONFIGS, help="preset; those named -Ti suit a CPU")
     add("--out", help="folder of the run; default: out/ and the name of the data")
     add("--resume", action=switch, default=False, help="continue the run in --out, if there is one")
-    add("--init", help="checkpoint whose EMA weights to start from, where they fit")
 
     # Shapes. Their defaults come from --data and --model.
     add("--image-size", type=natural, help="pixels; images are cropped and resized")
@@ -722,42 +875,49 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--patch-size", type=natural, help="p, in pixels; with --vae, in the latent")
     add("--latent-tokens", type=count, help="N, Table 2; 0: no LEM (FiTv2)")
     add("--prior-from", choices=["lem", "patches", "means"], default="lem", help="see lem.py")
-    add("--class-groups", type=natural, help="merge neighbouring classes; 1: unconditional")
+    add("--class-groups", type=natural, help="K: merge neighbouring classes; 1: unconditional")
     add("--flip", action=switch, help="mirror images at random")
-    add("--held-out", type=at_least(float, 0, 0.9), default=0.1, help="share, up to 5000 images")
+    add("--held-out", type=bounded(float, 0, 0.9), default=0.1, help="share, up to 5000 images")
 
     # The training itself, sections 3.3 and 4.1.
     add("--steps", type=natural, help="training steps")
-    add("--batch-size", type=natural, help="images a step, of all ranks together")
+    add("--batch-size", type=natural, help="images in a step, of all ranks together")
     add("--grad-accum", type=natural, default=1, help="micro-batches of a step, one after another")
-    add("--lr", type=at_least(float, 0), help="AdamW's constant learning rate")
-    add("--lem-lr-factor", type=at_least(float, 0), help="LEM's rate, as a multiple of --lr")
+    add("--lr", type=bounded(float, 0), help="AdamW's constant learning rate")
+    factor = "rate of LEM and of the prior's MLP, as a multiple of --lr"
+    add("--lem-lr-factor", type=bounded(float, 0), help=factor)
     add("--warmup", type=count, help="first steps, over which the rate grows")
-    add("--ema-decay", type=share, default=0.999, help="of the weights that are sampled from")
+    add("--ema-decay", type=share, default=0.999, help="decay of the averaged weights")
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
-    add("--seed", type=count, default=0, help="the same seed, the same run")
+    add("--seed", type=count, default=0, help="the same seed gives the same run")
     add("--precision", choices=["fp32", "bf16"], help="of autocast; default: bf16 on CUDA")
-    add("--compile", action=switch, default=False, help="torch.compile")
+    add("--compile", action=switch, default=False, help="compile the blocks by torch.compile")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--workers", type=count, default=0, help="processes that load images, for each rank")
 
     # What it leaves behind.
     add("--log-every", type=natural, default=50, help="steps between records in log.jsonl")
     add("--save-every", type=natural, help="steps between checkpoints")
-    add("--keep-every", type=count, default=0, help="steps between milestones and their samples")
+    add("--keep-every", type=count, default=0, help="steps between milestones, which are kept")
     # fmt: on
     args = parser.parse_args(argv)
 
-    # The most specific tables come last, and what the user gives overrides them all.
-    preset = CONFIGS[args.model]
-    small = args.model.endswith("-Ti")
-    defaults = LETTER_DATA if args.data == "letters" else FOLDER
+    # Defaults that suit the data, then those that suit the model. What the user gives stays.
+    defaults = FOLDER
+    if args.data == "letters":
+        defaults = LETTER_DATA
     if args.vae != "none":
         defaults = IMAGENET
-    defaults = defaults | (SMALL if small else PAPER | dict(patch_size=preset.p, cfg=preset.cfg))
+    preset = CONFIGS[args.model]
+    if args.model.endswith("-Ti"):
+        defaults = defaults | SMALL
+    else:
+        defaults = defaults | PAPER | dict(patch_size=preset.p, w=preset.w)
     defaults |= dict(latent_tokens=preset.N, out=f"out/{Path(args.data).resolve().name}")
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    return argparse.Namespace(**vars(args) | defaults | given)
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    return args
 
 
 def main() -> None:
@@ -768,16 +928,16 @@ def main() -> None:
         args.precision = "bf16" if device.type == "cuda" else "fp32"
     if args.cache and args.vae == "none":
         raise UserError("--cache keeps latents; without --vae there are none")
+    if rank_and_world_size()[0] > 0:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
 
     # Nothing that is there is overwritten. Hidden files are what a kill leaves of our own.
     out = Path(args.out)
-    if args.resume and (out / "ckpt.pt").exists():
-        args.init = None  # its weights have been superseded
-    elif processes()[0] == 0 and any(out.glob("[!.]*")):
-        raise UserError(f"{out} has files already; give another --out, or --resume its run")
-    if processes()[0] > 0:
-        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-    with process_group(device):
+    first = rank_and_world_size()[0] == 0
+    with process_group(device), locked(out) if first else nullcontext():
+        goes_on = args.resume and (out / "ckpt.pt").exists()
+        if first and not goes_on and any(out.glob("[!.]*")):
+            raise UserError(f"{out} has files already; give another --out, or --resume its run")
         train(args)
 
 
