@@ -108,7 +108,9 @@ def generate(
     return [torch.cat(parts) for parts in samples], [torch.cat(parts) for parts in nfe]
 
 
-# One seed serves several streams of random numbers, kept apart by these; train.py has 0 and 1.
+# One seed serves four streams of random numbers, kept apart by these; train.py uses the first two.
+FLIP_STREAM = 0
+ORDER_STREAM = 1
 NOISE_STREAM = 2
 LABEL_STREAM = 3
 

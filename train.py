@@ -48,8 +48,9 @@ from flow import keeps_prior, logit_normal, rectified_flow_loss
 from lem import ViTBlock
 from model import CONFIGS, Block, Config, UserError, build_model, training_flops
 from sample import (
-    Codec, Parser, barrier, bounded, load_checkpoint, load_codec, open_image, pick_device,
-    process_group, rank_and_world_size, read_latents, replacing, run_command, shuffled_order,
+    FLIP_STREAM, ORDER_STREAM, Codec, Parser, barrier, bounded, load_checkpoint, load_codec,
+    open_image, pick_device, process_group, rank_and_world_size, read_latents, replacing,
+    run_command, shuffled_order,
 )  # fmt: skip
 
 CLASS_DROPOUT = 0.1  # CHOICE: the paper names no number; DiT, SiT and FiTv2 have this one
@@ -421,12 +422,12 @@ def batches(count: int, batch_size: int, seed: int, flip: bool, first: int) -> I
 
     @lru_cache(maxsize=2)
     def permutation(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, 1, epoch)).permutation(count)
+        return np.random.default_rng((seed, ORDER_STREAM, epoch)).permutation(count)
 
     for step in itertools.count(first):
         places = range((step - 1) * batch_size, step * batch_size)
         numbers = [int(permutation(place // count)[place % count]) for place in places]
-        flipped = np.random.default_rng((seed, 0, step)).random(batch_size) < 0.5
+        flipped = np.random.default_rng((seed, FLIP_STREAM, step)).random(batch_size) < 0.5
         yield [(i, flip and bool(f)) for i, f in zip(numbers, flipped, strict=True)]
 
 
