@@ -31,8 +31,9 @@ report groups1-quarter1-2500 K1-quarter-seed1 2500 stages --stages 2 --cfg 1,1.5
 train K2-quarter-seed1 2500 --class-groups 2 --seed 1 --lem-lr-factor 0.25
 report groups2-quarter1-2500 K2-quarter-seed1 2500 stages --stages 2 --cfg 1,1.5,2,3,4,6 --cfg-stage1 1.5,2,3,4,6
 
-train K10-quarter-seed0 2500 --class-groups 10 --seed 0 --lem-lr-factor 0.25
+train K10-quarter-seed0 5000 --class-groups 10 --seed 0 --lem-lr-factor 0.25
 report groups10-quarter0-2500 K10-quarter-seed0 2500 stages --stages 2 --cfg 1,1.5,2,3,4,6 --cfg-stage1 1.5,2,3,4,6
+report groups10-quarter0-5000 K10-quarter-seed0 5000 stages --stages 2 --cfg 1,1.5,2,3,4,6 --cfg-stage1 1.5,2,3,4,6
 
 train K1-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 1 --seed 0
 report groups1-fit0-10000 K1-fitv2-seed0 10000 stages --cfg-stage1 none --steps 40
