@@ -277,6 +277,7 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
     if args.prior_data:
         y, read_priors, what = open_priors(args, checkpoint, codec)
         y = y[: args.number]
+        args.number = len(y)
         sets[args.npz.with_name(f"{args.npz.stem}-priors.npz")] = f"priors ({what})"
     else:
         rngs = [np.random.default_rng((args.seed, LABEL_STREAM, n)) for n in range(args.number)]
@@ -336,14 +337,8 @@ def open_priors(args, checkpoint: dict, codec: "Codec") -> tuple[list[int], Call
         labels = about["labels"]
         what = "decoded latents"
     else:
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-        # As in train.py, hidden folders and hidden files are left out.
-        names = sorted(path.name for path in source.glob("[!.]*") if path.is_dir())
+        names, files, labels = image_files(source)
         about = fits | {"classes": names}
-        found = make_dataset(source, {name: k for k, name in enumerate(names)}, IMG_EXTENSIONS)
-        shown = [pair for pair in found if f"{os.sep}." not in os.path.relpath(pair[0], source)]
-        files, labels = zip(*shown, strict=True)
         what = "cropped images"
     if any(about[name] != value for name, value in fits.items()):
         raise UserError(f"--prior-data {source} has other classes, size or VAE than {args.ckpt}")
@@ -475,6 +470,25 @@ def draw_grid(out: Path | str, blocks: list[tuple[str, Tensor]], titles: list[st
     with replacing(out) as temporary:
         canvas.save(temporary)
     print(f"wrote {out}")
+
+
+def image_files(folder: str | Path) -> tuple[list[str], list[str], list[int]]:
+    """A folder that has a folder for each class -> the names of the classes, the image files, and
+    the class of each file. No file is opened, nor its size looked up. Hidden folders and files,
+    like .ipynb_checkpoints, are left out. Raises UserError or FileNotFoundError without images."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder")
+    folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = [name for name in folders if name[0] != "."]
+    if not classes:
+        raise UserError(f"{folder} has no folders; it needs one for each class")
+    found = make_dataset(folder, {name: k for k, name in enumerate(classes)}, IMG_EXTENSIONS)
+    shown = [pair for pair in found if f"{os.sep}." not in os.path.relpath(pair[0], folder)]
+    if len(classes) < len(folders) or len(shown) < len(found):
+        print(f"{folder}: hidden files and folders are left out")
+    return classes, [file for file, _ in shown], [k for _, k in shown]
 
 
 def load_image(path: str | Path, channels: int) -> Image.Image:

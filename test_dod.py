@@ -1197,6 +1197,7 @@ def test_priors_are_rows_and_classes_columns(ckpt, tmp_path, monkeypatch):
     ("sample --npz a.npz --out a.png", "--out is for a single picture"),
     ("sample --npz R/a.txt", "R/a.txt should end in .npz"),
     ("sample --npz data.npz", "data exists already; give another name"),
+    ("sample --npz a.npz --prior-data nowhere", "nowhere is no folder"),
     ("sample --number 9", "add --npz FILE.npz"),
     ("sample --prior a.png --stages 2", "--stages has no effect"),
     ("sample --classes a", "class 'a' is unknown"),

@@ -48,9 +48,9 @@ from flow import keeps_prior, logit_normal, rectified_flow_loss
 from lem import ViTBlock
 from model import CONFIGS, Block, Config, UserError, build_model, training_flops
 from sample import (
-    FLIP_STREAM, ORDER_STREAM, Codec, Parser, barrier, bounded, load_checkpoint, load_codec,
-    open_image, pick_device, process_group, rank_and_world_size, read_latents, replacing,
-    run_command, shuffled_order,
+    FLIP_STREAM, ORDER_STREAM, Codec, Parser, barrier, bounded, image_files, load_checkpoint,
+    load_codec, open_image, pick_device, process_group, rank_and_world_size, read_latents,
+    replacing, run_command, shuffled_order,
 )  # fmt: skip
 
 CLASS_DROPOUT = 0.1  # CHOICE: the paper names no number; DiT, SiT and FiTv2 have this one
@@ -246,9 +246,9 @@ def after_interval(
     images_per_s = len(results) * run.args.batch_size / seconds
     record |= {"images_per_s": images_per_s, "seconds": seconds}
     record["waiting_for_data"] = waited / seconds  # a share of the time
-    if run.matrix_rate:
-        flops = training_flops(run.modules["model"].config, run.args.p_s) * images_per_s
-        record["share_of_matrix_rate"] = flops / rank_and_world_size()[1] / run.matrix_rate
+    if run.full_speed:
+        speed = images_per_s / rank_and_world_size()[1]  # of this GPU
+        record["share_of_matrix_rate"] = speed / run.full_speed
         record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if rank_and_world_size()[0] > 0:
         return
@@ -301,7 +301,7 @@ class Run:
     share: slice  # this rank's part of a batch
     with_prior: list[Tensor]  # see training_step()
     loader: DataLoader
-    matrix_rate: float  # operations per second that a GPU is capable of; 0 without CUDA
+    full_speed: float  # images per second of a GPU at the rate of a matrix product; 0 without CUDA
     done: int  # the steps that were done when the run was started or resumed
 
 
@@ -353,9 +353,23 @@ def set_up(args: argparse.Namespace) -> Run:
         training, batch_sampler=(batch[share] for batch in numbers), num_workers=args.workers,
         pin_memory=cuda, worker_init_fn=ignore_signals,
     )  # fmt: skip
-    rate = matrix_rate(device, args.precision == "bf16") if cuda else 0
+    full_speed = 0.0
+    if cuda:
+        rate = matrix_rate(device, args.precision == "bf16")
+        full_speed = rate / training_flops(config, args.p_s)
     return Run(
-        args, out, codec, network, modules, facts, held_out, share, with_prior, loader, rate, done
+        args,
+        out,
+        codec,
+        network,
+        modules,
+        facts,
+        held_out,
+        share,
+        with_prior,
+        loader,
+        full_speed,
+        done,
     )
 
 
@@ -552,27 +566,13 @@ def read_data(data: str, size: int, channels: int, groups: int | None) -> tuple[
         load = partial(draw_letter, size=size, channels=channels)
         return Labelled(list(LETTERS), labels, range(25_000), load, groups), digest.hexdigest()
 
-    # A folder with a folder for each class. No file is opened, nor its size looked up.
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
+    # A folder with a folder for each class.
     if not Path(data).is_dir():
         raise UserError(f"--data {data} is neither letters nor a folder")
-    folders = sorted(entry.name for entry in os.scandir(data) if entry.is_dir())
-    classes = [name for name in folders if name[0] != "."]
-    if not classes:
-        raise UserError(f"--data {data} has no folders; it needs one for each class")
-    found = make_dataset(data, {name: k for k, name in enumerate(classes)}, IMG_EXTENSIONS)
-
-    # Hidden folders, like .ipynb_checkpoints, and hidden files are nobody's images.
-    paths = {file: os.path.relpath(file, data) for file, _ in found}
-    samples = [(file, k) for file, k in found if f"{os.sep}." not in paths[file]]
-    if len(classes) < len(folders) or len(samples) < len(found):
-        print(f"--data {data}: hidden files and folders are left out")
-    files = [file for file, _ in samples]
-    labels = [k for _, k in samples]
+    classes, files, labels = image_files(data)
     digest = hashlib.sha256(json.dumps([classes, labels]).encode())
     for file in files:
-        digest.update(f"{paths[file]}\n".encode())
+        digest.update(f"{os.path.relpath(file, data)}\n".encode())
     load = partial(open_image, size=size, channels=channels)
     return Labelled(classes, labels, files, load, groups), digest.hexdigest()
 
