@@ -18,6 +18,7 @@ Images are uint8 (n, channels, height, width); D features, K classes.
 import argparse
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -36,9 +37,8 @@ from tqdm import tqdm
 
 from model import FiTv2, UserError, count_macs, stage_macs
 from sample import (
-    Codec, Parser, Sampler, add_sampling_flags, bounded, checkpoint_codec, generate,
-    load_checkpoint, load_image, load_model, pick_device, rank_and_world_size, refuse_existing,
-    replacing, run_command,
+    SHIPPED, Codec, Parser, Sampler, bounded, generate, load_checkpoint, load_codec, load_image,
+    load_model, pick_device, rank_and_world_size, refuse_existing, replacing, run_command,
 )  # fmt: skip
 from train import Labelled, open_data, to_latents
 
@@ -58,8 +58,7 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
 
     S1 S2 has the same eigenvalues as A S2 A, where A = S1^1/2, and that matrix is symmetric: two
     symmetric eigendecompositions are exact and fast where scipy.linalg.sqrtm is neither.
-    Means mu (D,), covariances sigma (D, D).
-    """
+    Means mu (D,), covariances sigma (D, D)."""
     given = [torch.as_tensor(x).cpu().double() for x in (mu1, sigma1, mu2, sigma2)]  # not on MPS
     mu1, sigma1, mu2, sigma2 = given
 
@@ -76,8 +75,7 @@ def inception_score(probs: Array, splits: int = 10) -> tuple[float, float]:
     """IS (Salimans et al., 2016): exp(mean over x of KL(p(y|x) | p(y))), from 1 to K.
 
     probs (n, K): each image's p(y|x); `splits` contiguous parts, each with its own p(y) -> mean
-    and standard deviation over the parts. Raises UserError for fewer images than parts.
-    """
+    and standard deviation over the parts. Raises UserError for fewer images than parts."""
     if len(probs) < splits:
         raise UserError(f"the IS of {splits} parts needs as many images, not {len(probs)}")
     scores = []
@@ -93,8 +91,7 @@ def precision_recall(real: Array, fake: Array, k: int = 3) -> tuple[float, float
     Precision: the share of fakes inside the ball of any real image; a ball reaches to the k-th
     nearest neighbour of its centre in its own set, border included. Recall: the reverse.
     Raises UserError for sets of k images or fewer.
-    CHOICE: fp32, where guided-diffusion's code computes distances in fp16 if they are finite.
-    """
+    CHOICE: fp32, where guided-diffusion's code computes distances in fp16 if they are finite."""
     real = torch.as_tensor(real, dtype=torch.float32)
     fake = torch.as_tensor(fake, dtype=torch.float32)
     if min(len(real), len(fake)) <= k:
@@ -124,8 +121,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     (2 mu_a mu_b + c1)(2 cov + c2) / ((mu_a² + mu_b² + c1)(var_a + var_b + c2)), c1 = (0.01 · 255)²,
     c2 = (0.03 · 255)², over the channels and the places of an 11 x 11 Gaussian window, sigma 1.5,
-    that lie inside; the window weights the moments. Raises RuntimeError below 11 x 11 pixels.
-    """
+    that lie inside; the window weights the moments. Raises RuntimeError below 11 x 11 pixels."""
     a = a.cpu().double()
     b = b.cpu().double()
 
@@ -155,8 +151,7 @@ def linear_probe(x: Array, y: Array, x_test: Array, y_test: Array, decay: float 
 
     x (n, D) features, y (n,) classes. BatchNorm of all n scales each feature to mean 0, variance 1.
     CHOICE: the loss is cross-entropy + decay/2 |W|²; so it has a minimum even where the classes can
-    be separated, and L-BFGS finds it.
-    """
+    be separated, and L-BFGS finds it."""
     from sklearn import linear_model, pipeline, preprocessing
 
     # scikit-learn minimises |W|²/2 + C times the sum, not the mean, of the cross-entropies.
@@ -254,7 +249,9 @@ def classifier(checkpoint: dict, training: Labelled) -> tuple[Callable, str]:
     network = build_classifier(checkpoint["image_size"], checkpoint["channels"], classes)
     key = repr([checkpoint[name] for name in ("fingerprint", "image_size", "channels", "held_out")])
     file = Path(f"out/classifier-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt")
-    if file.exists():
+    shipped = SHIPPED.with_name(file.name)  # that of the letters, for another CPU learns another
+    if shipped.exists() or file.exists():
+        file = shipped if shipped.exists() else file
         network.load_state_dict(torch.load(file, weights_only=True))
     else:
         images, _, original_labels = take_images(training, 10_000)
@@ -399,14 +396,14 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
     model = load_model(checkpoint, device)
     if needs_lem and not model.config.N:
         raise UserError(f"{args.ckpt} is a plain FiTv2: it has no LEM, and stage 1 only")
-    codec = checkpoint_codec(checkpoint, device, args.vae)
+    codec = load_codec(args.vae or checkpoint["codec"], device, checkpoint)
 
     # The same images, split and grouped in the same way; they may have moved.
     settings = {name: checkpoint[name] for name in ("image_size", "channels", "held_out")}
     settings |= {"data": args.data or checkpoint["data"], "cache": getattr(args, "cache", None)}
     settings["class_groups"] = model.config.num_classes
-    if settings["cache"] and not (Path(settings["cache"]) / "latents.npy").exists():
-        raise UserError(f"--cache {args.cache} has no latents.npy; train.py --cache makes it")
+    if settings["cache"] and not (Path(settings["cache"]) / "latents.fp16").exists():
+        raise UserError(f"--cache {args.cache} has no latents.fp16; train.py --cache makes it")
     training, held_out, fingerprint = open_data(argparse.Namespace(**settings), codec)
     if fingerprint != checkpoint["fingerprint"]:
         raise UserError(f"{settings['data']} has not the images that {args.ckpt} was trained on")
@@ -436,7 +433,7 @@ def start_run(args: argparse.Namespace, needs_lem: bool) -> Run:
     """Measures held-out images and, for the first row, training images in place of samples.
     CHOICE: the reference is 1,000 held-out images (--num), and the samples get their classes; the
     paper compares 50,000 samples of random classes with ImageNet's training images."""
-    sampler = Sampler(args.solver, args.steps, args.guide_on, args.seed)
+    sampler = Sampler(args.solver, args.steps, args.seed)
     checkpoint, model, codec, data, held_out_data = open_run(args, needs_lem)
     images, labels, _ = take_images(held_out_data, args.num)
     # Training images that the classifier has not learned, if there are 20,000 or more.
@@ -604,19 +601,19 @@ def probe(args: argparse.Namespace) -> None:
 
 # ----------------------------------------------------------------------------- curves and reports
 
-# What the FID of a method depends on, in words; the first five may be the x-axis of `curves`.
-SETTINGS = {
-    "images": "images seen in training", "classes": "classes", "N": "latent tokens",
-    "steps": "Euler steps", "w": "guidance scale w", "prior_from": "prior from", "p_s": "p_s",
-    "lr": "learning rate", "lem_lr_factor": "LEM's rate factor", "interval": "interval",
-    "depth": "depth", "d": "width",
+# What the FID of a method depends on: the axes of `curves`, and settings that tell curves apart.
+AXES = {
+    "images": "images seen in training", "classes": "classes", "N": "latent tokens N",
+    "steps": "Euler steps", "w": "guidance scale w",
 }  # fmt: skip
+SETTINGS = ["images", "classes", "N", "steps", "prior_from", "p_s", "lr", "lem_lr_factor", "depth"]
 
 
 def read_report(path: str) -> dict:
-    """A report of `stages`, old or new, with the facts of its checkpoint. Raises UserError."""
+    """A report of `stages`, with the facts of its checkpoint. Raises UserError."""
     try:
         found = json.loads(Path(path).read_text())
+        found = {"lem_lr_factor": 1.0, "network_hash": None} | found  # which old ones do not name
         found |= found["checkpoint"] | found["checkpoint"]["config"]
     except (ValueError, KeyError, TypeError):
         found = {}
@@ -624,17 +621,7 @@ def read_report(path: str) -> dict:
         raise UserError(f"{path} is not a report of `evaluate.py stages`")
     found["images"] = found["step"] * found["batch_size"]  # seen in training
     found["classes"] = found["num_classes"]  # those that the model knows, in place of names
-    return {"lem_lr_factor": 1.0, "network_hash": None, "interval": None} | found  # may be missing
-
-
-def curve_name(row: dict, found: dict, scan: list[dict]) -> str:
-    """What a row of a report shows, in words: the method, its stage, and what guides it, if any of
-    the rows of its curve is guided."""
-    method = f"DoD {row['what']}" if found["N"] else "FiTv2"
-    if max(other["w"] for other in scan if other["what"] == row["what"]) == 1:
-        return f"{method}, unguided"
-    guides = {"both": "class and prior", "prior": "prior"}[found["guide_on"]]
-    return f"{method}, guided by {'class' if method in ('FiTv2', 'DoD stage 1') else guides}"
+    return found
 
 
 def curves(args: argparse.Namespace) -> None:
@@ -647,19 +634,19 @@ def curves(args: argparse.Namespace) -> None:
     if differ:
         raise UserError(f"the reports differ in {', '.join(differ)}: they cannot be compared")
 
-    # A curve for each method, for what guides it, and for each setting of it.
+    # A curve for each stage, guided or not, and for each setting in which the runs differ.
     scans = {}  # (curve, x) -> seed -> [(FID against training images, FID, w)]
     for found in reports:
         alike = [other for other in reports if (other["N"] > 0) == (found["N"] > 0)]
         setting = ""
-        for key, words in SETTINGS.items():
-            if key not in (args.over, "w") and any(other[key] != found[key] for other in alike):
-                setting += f"; {words} {found[key]}"
-        everything = [row for other in alike for row in other["rows"][1:]]
+        for key in SETTINGS:
+            if key != args.over and any(other[key] != found[key] for other in alike):
+                setting += f"; {key} {found[key]}"
         for row in found["rows"][1:]:  # after the training images
-            # Over w, a curve has guided rows and begins with the unguided w = 1.
-            name = curve_name(row, found, everything if args.over == "w" else [row]) + setting
-            point = (name, (found | row)[args.over])
+            name = row["what"]
+            if args.over != "w":
+                name += ", unguided" if row["w"] == 1 else ", guided"
+            point = (name + setting, (found | row)[args.over])
             scan = scans.setdefault(point, {}).setdefault(found["seed"], [])
             scan.append((row["fid_training"], row["fid"], row["w"]))
 
@@ -679,33 +666,25 @@ def draw_curves(out: Path, rows: list[dict], over: str, floor: float) -> None:
     error bars where there is a column fid_std; floor: FID of training images, a dotted line."""
     import matplotlib.figure
 
-    # One thing has one colour and one kind of line in all figures; markers tell settings apart.
-    colours = {"FiTv2": "C1", "DoD stage 1": "C7", "DoD stage 2": "C0", "DoD stage 3": "C2"}
-    lines = {"unguided": "--", "guided by prior": "-."}
-    matplotlib.rcParams["font.size"] = 14  # readable at half the width of a page
-    axes = matplotlib.figure.Figure(figsize=(7, 7), layout="constrained").subplots()
-    drawn = []
-    for name in dict.fromkeys(row["what"] for row in rows):
-        thing = name.partition(";")[0]
-        method, _, guide = thing.partition(", ")
-        style = {"color": colours.get(method, "C4"), "linestyle": lines.get(guide, "-")}
+    # One method has one colour in all figures; what is unguided is dashed.
+    colours = {"FiTv2": "C1", "stage 1": "C7", "stage 2": "C0", "stage 3": "C2"}
+    axes = matplotlib.figure.Figure(figsize=(7, 6), layout="constrained").subplots()
+    for i, name in enumerate(dict.fromkeys(row["what"] for row in rows)):
         points = [row for row in rows if row["what"] == name]
         points = sorted((row[over], row["fid"], row.get("fid_std", 0)) for row in points)
-        if len(points) == 1:  # a lone dot would be overlooked
-            axes.axhline(points[0][1], label=f"{name} ({over} = {points[0][0]:,g})", **style)
-        else:
-            style["marker"] = "osD^vP*X"[drawn.count(thing) % 8]
-            axes.errorbar(*zip(*points, strict=True), capsize=3, label=name, **style)
-            drawn.append(thing)
+        style = {"color": colours.get(re.split("[,;]", name)[0], "C4"), "marker": "osD^vP*X"[i % 8]}
+        style["linestyle"] = "--" if "unguided" in name else "-"
+        axes.errorbar(*zip(*points, strict=True), capsize=3, label=name, **style)
     axes.axhline(floor, color="black", linestyle=":", label="training images, not samples")
-    axes.set(xscale="log", yscale="log", xlabel=SETTINGS[over], ylabel="FID to held-out images")
+    axes.set(xscale="log", yscale="log", xlabel=AXES[over], ylabel="FID to held-out images")
+
     # Both axes are logarithmic, with plain numbers at their ticks.
     ticks = sorted({row[over] for row in rows})
     axes.set_xticks(ticks, [f"{tick:,.9g}" for tick in ticks])
     axes.minorticks_off()
     axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")  # 10, not 10^1
-    axes.figure.legend(loc="outside lower center")
+    axes.figure.legend(loc="outside lower center", ncols=2)
     with replacing(out) as temporary:
         axes.figure.savefig(temporary, dpi=120)
 
@@ -735,9 +714,7 @@ def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
 
 def finish(args: argparse.Namespace, run: Run) -> None:
     """What `stages` and `reconstruct` leave: the curves over w and the report."""
-    found = vars(args) | run.checkpoint["config"]  # N, guide_on
-    rows = [row | {"what": curve_name(row, found, run.rows[1:])} for row in run.rows[1:]]
-    draw_curves(args.out.with_suffix(".png"), rows, "w", run.rows[0]["fid"])
+    draw_curves(args.out.with_suffix(".png"), run.rows[1:], "w", run.rows[0]["fid"])
     facts = {"count": len(run.images), "network_hash": run.network_hash}
     report(args, run.rows, facts | {"checkpoint": run.checkpoint})
 
@@ -762,10 +739,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--out", help="JSON report; default: out/COMMAND.json, which is replaced")
         if function == curves:
             add("reports", nargs="+", help="reports of `stages`, of any runs and steps")
-            add("--over", choices=list(SETTINGS)[:5], default="images", help="the x-axis")
+            add("--over", choices=AXES, default="images", help="the x-axis")
         if function in (stages, reconstruct, probe):
             add("--ckpt", default="out/letters/ckpt.pt", help="checkpoint of train.py")
             add("--data", help="where its training images are now; default: where they were")
+            add("--vae", help="where the checkpoint's VAE is now, if it has moved")
         if function in (stages, reconstruct):
             add("--features", choices=["inception", "classifier"], help="default: by image size")
             add("--num", type=bounded(int, 4), default=1000, help="images, at most those held out")
@@ -774,21 +752,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--solver", choices=["euler", "dopri5"], default="euler", help="Euler or RK45")
             add("--steps", type=natural, default=20, help="Euler steps in each stage")
             add("--batch-size", type=natural, default=64, help="images at a time")
-            add_sampling_flags(command)
+            add("--seed", type=bounded(int, 0), default=0, help="the same seed draws the same")
         if function == stages:
             add("--stages", type=natural, help="default: 3, without LEM 1")
             add("--cfg-stage1", type=scales, default="1.5,2,3,4", help="class guidance, or none")
         if function == probe:
             add("--num", type=bounded(int, 4), default=10_000, help="images of each set")
             add("--cache", help="folder of the run's latents; default: images are encoded")
-            add("--vae", help="where the checkpoint's VAE is now, if it has moved")
         if function == samples:
             add("--ref", required=True, help="folder of images or .npz")
             add("--samples", required=True, help="folder of images or .npz")
             add("--paired", action="store_true", help="image n of --ref is image n's prior")
         if function in (stages, reconstruct, samples):
             add("--inception", help="file of Inception's weights; default: downloaded")
-        if function in (samples, probe):
+        if function != curves:
             add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     return parser.parse_args(argv)
 

@@ -5,8 +5,7 @@
 
 Each stage is a complete run of the same model from t = 1 (noise) to t = 0 (data). Image n is the
 same for any batch size and any number of GPUs: its noise is a function of (seed, n, stage), and the
-solver treats each image alone. Only rounding differs; RK45 in fp32 can turn that into 2e-3 of a
-latent, for at small steps its error estimate, which sets the next step, is rounding noise itself.
+solver treats each image alone. Only rounding differs, which RK45 in fp32 can turn into 2e-3.
 
 Shapes: B images, C channels, H x W latent, T tokens; images: uint8 (B, channels, rows, columns).
 
@@ -16,18 +15,17 @@ Shapes: B images, C channels, H x W latent, T tokens; images: uint8 (B, channels
     torchrun --nproc-per-node 8 sample.py --ckpt ckpt.pt --npz samples.npz      # 50,000, for FID
 """
 
+import argparse
 import errno
 import json
 import math
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter as DefaultsFormatter
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +33,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from flow import dopri5, euler, guide
@@ -49,7 +50,6 @@ class Sampler:
 
     solver: str = "dopri5"  # RK45 (section 3.3), or "euler": Euler's method (Table 4)
     steps: int = 50  # Euler's steps in each stage; RK45 chooses its own
-    guide_on: str = "both"  # the unconditional branch drops class and prior, or the "prior" alone
     seed: int = 0  # the noise of image n is a function of (seed, n, stage)
     first_stage: int = 0  # stages already done: generate's stage i uses noise first_stage + i
 
@@ -65,12 +65,8 @@ def generate(
 
     w: guidance scales >= 1 (1 is off), a list with one for each stage; one number is for all stages
     that have a prior, and None is the model's own. Image b has number start + b of the seed. prior:
-    (B, C, H, W) latents that take the place of a previous stage's samples in stage 1.
-
-    Section 3.3 wants a large w for consistency with the prior. Our guess why: x_t already shows
-    much of the prior, so the prior changes v only a little, and w > 1 exaggerates v_c - v_u.
-    Raises UserError for what the model cannot do, FloatingPointError if a sample is not finite.
-    """
+    (B, C, H, W) latents that take the place of a previous stage's samples in stage 1. Raises
+    UserError for what the model cannot do."""
     # Section 3.3: no guidance in the first stage, strong guidance wherever there is a prior.
     config = model.config
     if not isinstance(w, list):
@@ -101,24 +97,16 @@ def generate(
             z0, spent = sample_stage(model, z1, y[group], e_s, w[i], sampler)
             samples[i].append(z0)
             nfe[i].append(spent)
-
-        # A sample that is not finite spoils its later stages, so looking at the last is enough.
-        if not torch.isfinite(z0).all():
-            raise FloatingPointError("a sample is not finite; the weights or the guidance are off")
     return [torch.cat(parts) for parts in samples], [torch.cat(parts) for parts in nfe]
 
 
 # One seed serves four streams of random numbers, kept apart by these; train.py uses the first two.
-FLIP_STREAM = 0
-ORDER_STREAM = 1
-NOISE_STREAM = 2
-LABEL_STREAM = 3
+FLIP_STREAM, ORDER_STREAM, NOISE_STREAM, LABEL_STREAM = range(4)
 
 
 def stage_noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -> Tensor:
-    """z_1^i: standard normal (len(numbers), *shape); image n is a function of (seed, n, stage).
-    `stage` counts from 0, as i - 1. NumPy draws on the CPU: the noise is the same on any device.
-    """
+    """z_1^i: standard normal (len(numbers), *shape); image n is a function of (seed, n, stage), the
+    same on any device. `stage` counts from 0, as i - 1."""
     rngs = [np.random.default_rng((seed, NOISE_STREAM, n, stage)) for n in numbers]
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
@@ -129,22 +117,18 @@ def sample_stage(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One stage of Fig. 3a, Eq. 4: noise z1 (B, C, H, W) -> z0, of the same shape, and nfe (B,).
     y (B,) classes; e_s (B, T, d) visual prior, or None (S); w guidance scale. nfe counts the
-    evaluations of the velocity; a guided one runs the network twice. Each of them adds to `path`
-    where it is, x_t, and the x_0 to which the velocity points from there. Raises ValueError for
-    w < 1, FloatingPointError where RK45 meets a velocity that is not finite.
-    """
+    evaluations of v; a guided one runs the network twice. Each adds to `path` its x_t, and the x_0
+    to which v points from there. ValueError for w < 1, FloatingPointError if v is not finite."""
     # CHOICE: the paper does not say what the unconditional branch drops. Ours drops both class and
-    # prior, v_u = v(null class, S); with guide_on = "prior" the prior alone, v_u = v(class, S).
-    y_u = torch.full_like(y, model.null_class)  # (B,)
-    if sampler.guide_on == "prior" and e_s is not None:
-        y_u = y
+    # prior: v_u = v(null class, S).
+    null = torch.full_like(y, model.null_class)  # (B,)
 
     def velocity(x, t, rows):
         # RK45 drops images that have finished: x (b, C, H, W), t and `rows` (b,) are what is left.
         e_s_left = None if e_s is None else e_s[rows]
         v = model(x, t, y[rows], e_s_left).to(x.dtype)  # the conditional branch
         if w != 1:
-            v_u = model(x, t, y_u[rows]).to(x.dtype)  # the unconditional branch, with S
+            v_u = model(x, t, null[rows]).to(x.dtype)  # the unconditional branch, with S
             v = guide(v, v_u, w)  # v_u + w (v_c - v_u)
         if path is not None:
             path.append((x, x - t.view(-1, 1, 1, 1) * v))  # Eq. 1: x_0 = x_t - t v
@@ -166,7 +150,7 @@ def main() -> None:
         raise UserError("only --npz uses several processes; start this without torchrun")
     if args.out:
         refuse_existing(args.out, ".png")
-    args.out = args.out or "out/samples.png"  # which is replaced
+    args.out = args.out or Path("out/samples.png")  # which is replaced
 
     # The model, its codec, and how to sample.
     device = pick_device(args.device)
@@ -175,27 +159,23 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")
     checkpoint = load_checkpoint(args.ckpt)  # on the CPU
     model = load_model(checkpoint, device)
-    codec = checkpoint_codec(checkpoint, device, args.vae)
-    sampler = Sampler(args.solver, args.steps, args.guide_on, args.seed)
+    codec = load_codec(args.vae or checkpoint["codec"], device, checkpoint)
+    sampler = Sampler(args.solver, args.steps, args.seed)
 
     # The classes, and the guidance of each stage: section 3.3 leaves stage 1 unguided.
     names = checkpoint["classes"]  # with --class-groups, the groups' names
-    default = names if args.npz else names[:10]
-    args.classes = parse_classes(args.classes, names) if args.classes else [*range(len(default))]
+    some = range(len(names) if args.npz else min(10, len(names)))
+    args.classes = parse_classes(args.classes, names) if args.classes else [*some]
     stages = args.stages or (2 if model.config.N else 1)
     if args.cfg and stages == 1:
         raise UserError("--cfg is for stages with a prior; --cfg-stage1 guides stage 1")
     args.w = [args.cfg_stage1 or 1.0] + [args.cfg or model.config.w] * (stages - 1)
-    if args.prior or args.prior_data:
-        args.w = args.w[-1:]  # one stage, with a prior
 
-    # What to draw.
+    # A set, or a picture.
     given = (args, checkpoint, model, codec, sampler)
     if args.npz:
         with process_group(torch.device("cpu")):  # ranks share files, not tensors: gloo will do
             sample_set(*given)
-    elif args.prior:
-        draw_priors(*given)
     elif args.path:
         draw_path(*given)
     else:
@@ -204,25 +184,29 @@ def main() -> None:
 
 def draw_samples(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
     """Draws what one model makes of the same noise: a column a class, a block of rows for stage 1,
-    for stage 1 guided by the class, and for each later stage, guided by class and prior."""
+    for stage 1 guided by the class, and for each later stage, guided by class and prior, or for
+    each image of --prior, which is the block's first row."""
     y = torch.tensor(args.classes * args.per_class, device=model.device)
     draw = partial(generate, model, y, sampler=sampler, batch_size=args.batch_size)
-    samples, nfe = draw(stages=len(args.w), w=[1.0, *args.w[1:]])
-    found = [("class", 1.0, samples[0], nfe[0])]
+    samples, _ = draw(1, [1.0]) if args.prior else draw(len(args.w), [1.0, *args.w[1:]])
+    blocks = [("class\nw = 1", codec.decode(samples[0]))]
 
     # What a prior adds shows only beside the same model guided by its class. A model of one class
     # has no such guidance. CHOICE: w = 2 suits the letters; the paper does not guide stage 1.
-    w_class = args.cfg_stage1 or (2.0 if model.config.num_classes > 1 else 1.0)
-    if w_class > 1:
-        (z0,), (spent,) = draw(stages=1, w=[w_class])
-        found.append(("class, guided", w_class, z0, spent))
-    for i in range(1, len(args.w)):
-        found.append((f"class and prior,\nguided: stage {i + 1}", args.w[i], samples[i], nfe[i]))
+    w = args.cfg_stage1 or (2.0 if model.config.num_classes > 1 else 1.0)
+    if w > 1:
+        (z0,), _ = draw(1, [w])
+        blocks.append((f"class, guided\nw = {w:g}", codec.decode(z0)))
 
-    blocks = []
-    for what, w, z0, spent in found:
-        blocks.append((f"{what}\nw = {w:g}", codec.decode(z0)))
-        print(f"{' '.join(what.split())}: {spent.double().mean():.1f} evaluations for each image")
+    w = args.w[-1]
+    for i, z0 in enumerate(samples[1:], 2):
+        blocks.append((f"class and prior,\nguided: stage {i}\nw = {w:g}", codec.decode(z0)))
+    for path in args.prior.split(",") if args.prior else []:
+        image = open_image(path, checkpoint["image_size"], checkpoint["channels"])[None]
+        prior = codec.encode(image).expand(len(y), -1, -1, -1)
+        (z0,), _ = draw(1, [w], prior=prior)
+        rows = [image.expand(len(args.classes), -1, -1, -1), codec.decode(z0).cpu()]
+        blocks.append((f"class and prior\n{Path(path).name},\nw = {w:g}", torch.cat(rows)))
     draw_grid(args.out, blocks, [checkpoint["classes"][k] for k in args.classes])
 
 
@@ -247,118 +231,77 @@ def draw_path(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sample
     draw_grid(args.out, blocks, [f"t = {1 - k / 10:.1f}" for k in range(10)])
 
 
-def draw_priors(args, checkpoint: dict, model: DoD, codec: "Codec", sampler: Sampler) -> None:
-    """Draws a matrix: the --prior images down, classes across, one stage, the same noise in each
-    row. Raises UserError for an unreadable image, or a model without LEM."""
-    size = (checkpoint["image_size"], checkpoint["channels"])
-    images = torch.stack([open_image(path, *size) for path in args.prior.split(",")])
-    y = torch.tensor(args.classes, device=model.device)
-    (w,) = args.w
-    rows = []
-    for image, z0 in zip(images, codec.encode(images.to(y.device)), strict=True):
-        prior = z0.expand(len(y), -1, -1, -1)  # the same one for every class
-        (drawn,), _ = generate(model, y, 1, [w], sampler, prior=prior, batch_size=args.batch_size)
-        rows.append(torch.cat([image[None], codec.decode(drawn).cpu()]))
-    titles = ["prior", *[checkpoint["classes"][k] for k in args.classes]]
-    draw_grid(args.out, [(f"w = {w:g}", torch.cat(rows))], titles)
-
-
 def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
     """--npz FILE.npz: images of the last stage in one file for guided-diffusion's evaluator, arr_0
-    uint8 (n, H, W, 3) and arr_1 their classes, and in a folder FILE as NUMBER-CLASS.png.
+    uint8 (n, H, W, 3) and arr_1 their classes, and in a folder FILE as NUMBER-CLASS.png. Image n is
+    a function of (seed, n). The ranks take turns in chunks of --batch-size numbers.
 
-    Image n is a function of (seed, n). The ranks take turns in chunks of --batch-size numbers. With
-    --prior-data, prior n is a real image, of whose class image n is; a second set, FILE-priors,
-    holds the priors.
-    """
-    # The classes. CHOICE: they are random, as with SiT, FiTv2, DiT and ADM. The same number of each
-    # class probably gives a lower FID.
-    sets = {args.npz: "samples"}  # each file, and what it holds
+    With --prior-data, a folder with a folder for each class, prior n is its image
+    shuffled_order(count)[n], so those that train.py holds out come first, and image n has the class
+    of its prior. The folder FILE-priors gets the priors. Raises UserError for other classes."""
     if args.prior_data:
-        y, read_priors, what = open_priors(args, checkpoint, codec)
-        y = y[: args.number]
-        args.number = len(y)
-        sets[args.npz.with_name(f"{args.npz.stem}-priors.npz")] = f"priors ({what})"
+        names, files, labels = image_files(args.prior_data)
+        if names != checkpoint["classes"]:
+            raise UserError(f"--prior-data {args.prior_data} has other classes than {args.ckpt}")
+        order = shuffled_order(len(files))[: args.number]
+        y = [labels[i] for i in order]
+        w = args.w[-1:]  # one stage, with a prior
     else:
+        w = args.w
+        # CHOICE: the classes are random, as with SiT, FiTv2, DiT and ADM. The same number of each
+        # class probably gives a lower FID.
         rngs = [np.random.default_rng((args.seed, LABEL_STREAM, n)) for n in range(args.number)]
         y = [args.classes[rng.integers(len(args.classes))] for rng in rngs]
-    files = [f"{n:06}-{k}.png" for n, k in enumerate(y)]
+    pictures = [f"{n:06}-{k}.png" for n, k in enumerate(y)]
 
-    # The folders, of which the first says of itself what it holds.
+    # The folders, of which the first says of itself how it was made.
     rank, ranks = rank_and_world_size()
+    folder = args.npz.with_suffix("")
+    priors = args.npz.with_name(f"{folder.name}-priors")
     if rank == 0:
-        for path in sets:
-            refuse_existing(path, ".npz")
-            refuse_existing(path.with_suffix(""))
-        for path in sets:
-            path.with_suffix("").mkdir(parents=True)
-        facts = vars(args) | {"step": checkpoint["step"], "sets": list(sets.values())}
-        about = args.npz.with_suffix("") / "about.json"
-        about.write_text(json.dumps(facts, indent=1, default=str))
+        refuse_existing(args.npz, ".npz")
+        refuse_existing(folder)
+        refuse_existing(priors)
+        (priors if args.prior_data else folder).mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
+        facts = vars(args) | {"step": checkpoint["step"]}
+        (folder / "about.json").write_text(json.dumps(facts, indent=1, default=str))
     barrier()  # until the folders are there
 
+    def save(images: Tensor, where: Path, chunk: range) -> None:
+        images = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # grey becomes RGB
+        for n, image in zip(chunk, images.cpu().numpy(), strict=True):
+            Image.fromarray(image).save(where / pictures[n], compress_level=1)
+
     # This rank's share.
+    side = checkpoint["image_size"]
+    prior = None
     chunks = [range(len(y))[i : i + args.batch_size] for i in range(0, len(y), args.batch_size)]
     for chunk in tqdm(chunks[rank::ranks], unit="chunk", disable=rank > 0):
-        prior, pixels = read_priors(chunk) if args.prior_data else (None, None)
+        if args.prior_data:
+            images = [open_image(files[order[n]], side, checkpoint["channels"]) for n in chunk]
+            save(torch.stack(images), priors, chunk)
+            prior = torch.cat([codec.encode(part) for part in torch.stack(images).split(32)])
         labels = torch.tensor([y[n] for n in chunk], device=model.device)
-        settings = (len(args.w), args.w, sampler, chunk.start, prior, len(chunk))
-        samples, _ = generate(model, labels, *settings)
-        drawn = [codec.decode(samples[-1]), pixels]
-        for path, images in zip(sets, drawn, strict=False):  # one without priors
-            images = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # grey becomes RGB
-            for n, image in zip(chunk, images.cpu().numpy(), strict=True):
-                Image.fromarray(image).save(path.with_suffix("") / files[n], compress_level=1)
+        samples, _ = generate(model, labels, len(w), w, sampler, chunk.start, prior, len(chunk))
+        save(codec.decode(samples[-1]), folder, chunk)
     barrier()  # until all files are there
 
     # The .npz is made from the files, image by image: 50,000 of 256 x 256 take 9.8 GB of memory.
-    side = checkpoint["image_size"]
-    for path, what in sets.items() if rank == 0 else []:
-        images = np.empty((len(files), side, side, 3), np.uint8)
-        for i, file in enumerate(files):
-            images[i] = Image.open(path.with_suffix("") / file)
-        with replacing(path) as temporary:
+    if rank == 0:
+        images = np.empty((len(y), side, side, 3), np.uint8)
+        for i, picture in enumerate(pictures):
+            images[i] = Image.open(folder / picture)
+        with replacing(args.npz) as temporary:
             np.savez(temporary, arr_0=images, arr_1=np.array(y))
-        print(f"wrote {len(files)} {what} to {path} and {path.with_suffix('')}")
-
-
-def open_priors(args, checkpoint: dict, codec: "Codec") -> tuple[list[int], Callable, str]:
-    """--prior-data, a folder with a folder for each class, or train.py's --cache -> the class of
-    each prior; read(numbers) -> their latents (b, C, H, W) and pixels; what these pixels are.
-
-    Prior n is image shuffled_order(count)[n]: those that train.py holds out come first. Its latent
-    is the mean of the VAE's posterior. Raises UserError for other classes, sizes or VAEs.
-    """
-    source = args.prior_data
-    cache = source / "latents.npy"
-    fits = {name: checkpoint[name] for name in ("classes", "image_size", "scale")}
-    if cache.exists():
-        about = json.loads((source / "about.json").read_text())
-        labels = about["labels"]
-        what = "decoded latents"
-    else:
-        names, files, labels = image_files(source)
-        about = fits | {"classes": names}
-        what = "cropped images"
-    if any(about[name] != value for name, value in fits.items()):
-        raise UserError(f"--prior-data {source} has other classes, size or VAE than {args.ckpt}")
-    order = shuffled_order(len(labels))
-
-    def read(numbers: range) -> tuple[Tensor, Tensor]:
-        if cache.exists():
-            z0 = torch.stack([read_latents(cache, order[n])[0, 0] for n in numbers]).float()
-            return z0, codec.decode(z0)
-        size = (checkpoint["image_size"], checkpoint["channels"])
-        pixels = torch.stack([open_image(files[order[n]], *size) for n in numbers])
-        return torch.cat([codec.encode(part) for part in pixels.split(32)]), pixels
-
-    return [labels[i] for i in order], read, what
+        print(f"wrote {len(y)} images to {args.npz} and {folder}")
 
 
 # ------------------------------------------------------------------------------------------- flags
 
 # Defaults are shown in --help, and flags may not be abbreviated.
-Parser = partial(ArgumentParser, formatter_class=DefaultsFormatter, allow_abbrev=False)
+show_defaults = argparse.ArgumentDefaultsHelpFormatter
+Parser = partial(argparse.ArgumentParser, formatter_class=show_defaults, allow_abbrev=False)
 
 
 def bounded(kind: type, low: float, high: float = math.inf) -> Callable:
@@ -367,7 +310,7 @@ def bounded(kind: type, low: float, high: float = math.inf) -> Callable:
     def number(text: str):
         value = kind(text)
         if not (low <= value <= high and math.isfinite(value)):
-            raise ArgumentTypeError(f"{text}: must lie between {low:g} and {high:g}")
+            raise argparse.ArgumentTypeError(f"{text}: must lie between {low:g} and {high:g}")
         return value
 
     number.__name__ = kind.__name__  # for argparse's own message, "invalid int value"
@@ -383,17 +326,7 @@ def parse_classes(text: str, names: list[str]) -> list[int]:
     return [known[word] for word in text.split(",")]
 
 
-def add_sampling_flags(parser: ArgumentParser) -> None:
-    """The flags of sampling that sample.py and evaluate.py share."""
-    add = parser.add_argument
-    what = "the unconditional branch drops class and prior, or the prior alone"
-    add("--guide-on", choices=["both", "prior"], default="both", help=what)
-    add("--seed", type=bounded(int, 0), default=0, help="the same seed draws the same images")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--vae", help="where the checkpoint's VAE is now, if it has moved")
-
-
-def parse(argv: list[str]) -> Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """The flags. Raises UserError for those that have no effect."""
     parser = Parser(description=__doc__.splitlines()[0])
     natural = bounded(int, 1)
@@ -409,21 +342,19 @@ def parse(argv: list[str]) -> Namespace:
     add("--batch-size", type=natural, default=256, help="images sampled at a time")
     add("--precision", choices=["fp32", "tf32"], default="fp32", help="tf32: faster, on NVIDIA")
     add("--per-class", type=natural, default=4, help="rows of each block of the grid")
-    add("--out", help="image to write; None: out/samples.png, which is replaced")
-    add_sampling_flags(parser)
+    add("--out", type=Path, help="image to write; None: out/samples.png, which is replaced")
+    add("--seed", type=bounded(int, 0), default=0, help="the same seed draws the same images")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--vae", help="where the checkpoint's VAE is now, if it has moved")
 
-    # Instead of a grid.
+    # Instead of a grid. (torchrun would take --num for one of its own flags, hence --number.)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--path", action="store_true", help="one image on its way, in ten steps of Euler's method")
-    add("--prior", help="a.png,b.png: your images as priors down, classes across")
-    add("--npz", type=Path, help="FILE.npz: a set of samples, with a folder FILE")
-
-    # torchrun takes --num for an abbreviation of one of its own flags, hence --number.
-    add = parser.add_argument_group("sets of samples (--npz), also with torchrun").add_argument
+    add("--prior", help="a.png,b.png: a block for each of your images, which is its prior")
+    add("--npz", type=Path, help="FILE.npz: a set of samples, with a folder FILE; also by torchrun")
+    add = parser.add_argument_group("sets of samples (--npz)").add_argument
     add("--number", type=natural, default=50_000, help="images in the set, at most all priors")
-    add(
-        "--prior-data", type=Path, help="folder with a folder for each class, or train.py's --cache"
-    )
+    add("--prior-data", type=Path, help="priors: images in a folder for each class")
 
     # Mistakes that would go unnoticed.
     args = parser.parse_args(argv)
@@ -440,55 +371,46 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def draw_grid(out: Path | str, blocks: list[tuple[str, Tensor]], titles: list[str]) -> None:
-    """Writes images as in Fig. 5: labelled blocks of rows, a block a stage, a column a title.
-    blocks: (label, uint8 (n, channels, rows, columns)), n a multiple of len(titles), row by row.
-    Small images are enlarged, without smoothing, by a whole factor to at least 64 pixels.
-    """
-    # A cell is an enlarged image with a margin of 4 pixels. Images are square.
-    side = blocks[0][1].shape[-1]
-    side *= max(1, math.ceil(64 / side))
-    cell = side + 4
-    font = ImageFont.load_default(size=max(12, min(24, cell // 5)))
+    """Writes images as in Fig. 5: labelled blocks of rows, a column for each title. blocks: (label,
+    uint8 (n, channels, rows, columns)), row by row. Small images are enlarged, without smoothing,
+    by a whole factor to at least 64 pixels."""
+    grids = []
+    factor = max(1, math.ceil(64 / blocks[0][1].shape[-1]))
+    for _, images in blocks:
+        images = images.cpu().repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+        grids.append(make_grid(images, nrow=len(titles), padding=4, pad_value=255))
 
-    # Labels stand left of the images, titles above them; a gap of 12 pixels ends each block.
+    # Labels stand left of the images, titles above them.
+    cell = (grids[0].shape[-1] - 4) // len(titles)  # an image and its margin
+    font = ImageFont.load_default(size=max(12, min(24, cell // 5)))
     lines = "\n".join(label for label, _ in blocks).split("\n")
     left = 16 + round(max(font.getlength(line) for line in lines))
     top = 36  # room for the titles
-    rows = sum(len(images) // len(titles) for _, images in blocks)
-    size = (left + len(titles) * cell, top + rows * cell + 12 * len(blocks))
-    canvas = Image.new("RGB", size, "white")
+    height = top + sum(grid.shape[1] + 8 for grid in grids)
+    canvas = Image.new("RGB", (left + grids[0].shape[-1], height), "white")
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
         draw.text((left + (column + 0.5) * cell, top / 2), title, "black", font, anchor="mm")
-    for label, images in blocks:
+    for (label, _), grid in zip(blocks, grids, strict=True):
         draw.multiline_text((8, top), label, "black", font)
-        for i, image in enumerate(images.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
-            row, column = divmod(i, len(titles))
-            tile = Image.fromarray(image).resize((side, side), Image.NEAREST)
-            canvas.paste(tile, (left + column * cell, top + row * cell))
-        top += len(images) // len(titles) * cell + 12
+        canvas.paste(to_pil_image(grid), (left, top))
+        top += grid.shape[1] + 8
     with replacing(out) as temporary:
         canvas.save(temporary)
     print(f"wrote {out}")
 
 
-def image_files(folder: str | Path) -> tuple[list[str], list[str], list[int]]:
+def image_files(folder: Path | str) -> tuple[list[str], list[str], list[int]]:
     """A folder that has a folder for each class -> the names of the classes, the image files, and
-    the class of each file. No file is opened, nor its size looked up. Hidden folders and files,
-    like .ipynb_checkpoints, are left out. Raises UserError or FileNotFoundError without images."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder} is no folder")
-    folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    classes = [name for name in folders if name[0] != "."]
-    if not classes:
-        raise UserError(f"{folder} has no folders; it needs one for each class")
-    found = make_dataset(folder, {name: k for k, name in enumerate(classes)}, IMG_EXTENSIONS)
-    shown = [pair for pair in found if f"{os.sep}." not in os.path.relpath(pair[0], folder)]
-    if len(classes) < len(folders) or len(shown) < len(found):
-        print(f"{folder}: hidden files and folders are left out")
-    return classes, [file for file, _ in shown], [k for _, k in shown]
+    the class of each file. No file is opened. Raises FileNotFoundError where images are missing,
+    and UserError for hidden ones: .ipynb_checkpoints would become a class."""
+    root = str(Path(folder))  # without a slash at its end
+    found = ImageFolder(root)
+    files = [file for file, _ in found.samples]
+    for file in files:
+        if f"{os.sep}." in file[len(root) :]:
+            raise UserError(f"{file} is hidden; remove it from the images")
+    return found.classes, files, found.targets
 
 
 def load_image(path: str | Path, channels: int) -> Image.Image:
@@ -524,50 +446,23 @@ def open_image(path: str | Path, size: int, channels: int) -> Tensor:
     scale = size / min(image.size)
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
     left, top = [(side - size) // 2 for side in image.size]
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+    return pil_to_tensor(image.crop((left, top, left + size, top + size)))
 
 
 class Codec:
-    """Images <-> latents. This one works in pixel space: the latent is the image in [-1, 1]."""
+    """Images <-> latents: Stable Diffusion's VAE (section 3.3), diffusers' AutoencoderKL, in fp32,
+    256 x 256 x 3 <-> 32 x 32 x 4. Without a VAE the latent is the image itself, in [-1, 1].
 
-    name = "none"  # what checkpoints call it
-    scale = 1.0  # latents are multiplied with it,
-    shift = 0.0  # after this has been subtracted
+    CHOICE: the paper does not say which version of the VAE; the README's recipe uses ft-EMA."""
 
-    def latent_shape(self, channels: int, size: int) -> tuple[int, int]:
-        """Channels and side of the latents of square images. UserError if they do not fit."""
-        return channels, size
-
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, channels, height, width) -> mean and standard deviation, both (B, C, H, W), of
-        the latent's distribution given the image, in fp32."""
-        mean = images.float() / 127.5 - 1
-        return mean, torch.zeros_like(mean)  # in pixel space an image has exactly one latent
-
-    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
-        """The mean, or with standard normal eps (B, C, H, W) a sample of that distribution."""
-        mean, std = self.moments(images)
-        return mean if eps is None else mean + std * eps
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) -> uint8 (B, channels, height, width), the inverse of encode. Raises
-        FloatingPointError for latents that are not finite, which would become black pixels."""
-        if not torch.isfinite(latents).all():
-            raise FloatingPointError("an image to decode is not finite")
-        # 128 = 127.5 + 0.5, which rounds, since byte() truncates.
-        return (127.5 * latents.float() + 128).clamp(0, 255).byte()
-
-
-class VAE(Codec):
-    """Stable Diffusion's VAE (section 3.3), diffusers' AutoencoderKL, in fp32.
-
-    256 x 256 x 3 images <-> 32 x 32 x 4 latents, multiplied by the VAE's own scaling factor.
-    CHOICE: the paper does not say which version of the VAE; the README's recipe uses ft-EMA.
-    """
-
-    def __init__(self, name: str, device: torch.device):
-        """name: a folder, or a name on the hub. Raises UserError where there is no whole VAE."""
+    def __init__(self, name: str = "none", device: torch.device | str = "cpu"):
+        """name: "none", a folder, or a name on the hub. Raises UserError without a whole VAE."""
+        self.name = name
+        self.vae = None
+        self.scale = 1.0  # latents are multiplied with it,
+        self.shift = 0.0  # after this has been subtracted
+        if name == "none":
+            return
         from diffusers import AutoencoderKL
 
         options = {"low_cpu_mem_usage": False, "output_loading_info": True}
@@ -578,51 +473,57 @@ class VAE(Codec):
             raise UserError(f"{where}; give its folder with --vae ({error})") from None
         if found["missing_keys"]:
             raise UserError(f"--vae {name} lacks weights, such as {found['missing_keys'][0]}")
-        self.name = name
         self.scale = float(vae.config.scaling_factor)  # 0.18215 for the VAE of the paper
         self.shift = float(vae.config.get("shift_factor") or 0)
-        self.channels = vae.config.latent_channels
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # all levels but one halve
         self.vae = vae.to(device).eval().requires_grad_(False)
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int]:
-        """As Codec's: size must be a multiple of `factor`, and channels 3."""
-        if channels != 3 or size % self.factor:
-            need = f"3 channels and a multiple of {self.factor} pixels"
+        """Channels and side of the latents of square images. UserError if they do not fit."""
+        if self.vae is None:
+            return channels, size
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # all levels but one halve
+        if channels != 3 or size % factor:
+            need = f"3 channels and a multiple of {factor} pixels"
             raise UserError(f"--vae {self.name} needs {need}, not {channels} and {size}")
-        return self.channels, size // self.factor
+        return self.vae.config.latent_channels, size // factor
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As Codec's, of the VAE's posterior."""
+        """uint8 (B, channels, height, width) -> mean and standard deviation, both (B, C, H, W), of
+        the latent's distribution given the image, in fp32."""
+        if self.vae is None:  # an image has exactly one latent
+            mean = images.float() / 127.5 - 1
+            return mean, torch.zeros_like(mean)
         # The scaling factor brings latents to a standard deviation near 1, that of the noise.
         posterior = self.vae.encode(images.to(self.vae.device) / 127.5 - 1).latent_dist
         return self.scale * (posterior.mean - self.shift), self.scale * posterior.std
 
+    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
+        """The mean, or with standard normal eps (B, C, H, W) a sample of that distribution."""
+        mean, std = self.moments(images)
+        return mean if eps is None else mean + std * eps
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """As Codec's, by the VAE's decoder."""
+        """(B, C, H, W) -> uint8 (B, channels, height, width), the inverse of encode. Raises
+        FloatingPointError for latents that are not finite, which would become black pixels."""
         images = []
-        for part in latents.to(self.vae.device).split(32):  # decoding takes much memory
-            images.append(super().decode(self.vae.decode(part / self.scale + self.shift).sample))
+        for part in latents.split(32):  # decoding takes much memory
+            if self.vae is not None:
+                part = self.vae.decode(part.to(self.vae.device) / self.scale + self.shift).sample
+            if not torch.isfinite(part).all():
+                raise FloatingPointError("an image is not finite; are the weights damaged?")
+            # 128 = 127.5 + 0.5, which rounds, since byte() truncates.
+            images.append((127.5 * part.float() + 128).clamp(0, 255).byte())
         return torch.cat(images)
 
 
-def load_codec(name: str, device: torch.device | str = "cpu") -> Codec:
-    """The codec that --vae or a checkpoint names; "none" is pixel space. Raises UserError."""
-    return Codec() if name == "none" else VAE(name, torch.device(device))
-
-
-def checkpoint_codec(checkpoint: dict, device: torch.device, vae: str | None = None) -> Codec:
-    """The codec of a checkpoint, whose VAE may have moved to `vae`. UserError if it is another."""
-    codec = load_codec(vae or checkpoint["codec"], device)
-    channels, _ = codec.latent_shape(checkpoint["channels"], checkpoint["image_size"])
-    found = (codec.scale, codec.shift, channels)
-    config = checkpoint["config"]
-    trained = (checkpoint["scale"], checkpoint["shift"], config["latent_channels"])
-    if found != trained:
-        what = f"scale, shift and channels are {found}, in training they were {trained}"
-        raise UserError(f"--vae {codec.name}: {what}")
+def load_codec(name: str, device: torch.device | str = "cpu", trained: dict | None = None) -> Codec:
+    """The codec that --vae names, or the checkpoint `trained`, whose VAE may have moved to another
+    place. Raises UserError if it is another VAE than that of the checkpoint."""
+    codec = Codec(name, device)
+    if trained and (codec.scale, codec.shift) != (trained["scale"], trained["shift"]):
+        raise UserError(f"--vae {name} has another scale or shift than the VAE of the checkpoint")
     return codec
 
 
@@ -646,39 +547,15 @@ def load_checkpoint(path: Path | str) -> dict:
 
 
 def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> FiTv2 | DoD:
-    """The EMA model of a checkpoint, ready to sample from, in fp32. Raises UserError."""
-    try:
-        model = build_model(Config(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["ema"])
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"the checkpoint's weights and config do not fit ({error})") from None
+    """The EMA model of a checkpoint, ready to sample from, in fp32."""
+    model = build_model(Config(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["ema"])
     return model.to(device).eval()
 
 
 def shuffled_order(count: int) -> np.ndarray:
     """The order in which `count` images of a data set are split; train.py holds out the first."""
     return np.random.default_rng(0).permutation(count)
-
-
-@lru_cache(maxsize=1)
-def open_latents(file: Path) -> tuple:
-    """A cache's latents.npy -> the open file, where its data begin, the shape of a record."""
-    opened = open(file, "rb", buffering=0)
-    np.lib.format.read_magic(opened)
-    shape, _, _ = np.lib.format.read_array_header_1_0(opened)
-    return opened, opened.tell(), shape[1:]
-
-
-def read_latents(file: Path, i: int) -> Tensor:
-    """The moments of image i and of its mirror image: fp16 (2 flips, 2 moments, C, H, W). Raises
-    UserError if the file ends before."""
-    # pread takes the place as an argument: workers may share the file, and nothing is mapped.
-    opened, begin, shape = open_latents(file)
-    size = 2 * math.prod(shape)  # bytes
-    record = os.pread(opened.fileno(), size, begin + int(i) * size)
-    if len(record) < size:
-        raise UserError(f"{file} is damaged: it ends before image {i}")
-    return torch.frombuffer(bytearray(record), dtype=torch.float16).view(shape)
 
 
 def refuse_existing(path: Path | str, suffix: str | None = None) -> None:
@@ -765,7 +642,7 @@ def run_command(main: Callable[[], None]) -> None:
         # A loader's worker sends its error as text, with the traceback before it.
         message = str(error).rpartition("UserError: ")[2]
     except (MemoryError, torch.OutOfMemoryError) as error:
-        message = f"out of memory; lower --batch-size, or raise train.py's --grad-accum ({error})"
+        message = f"out of memory; lower --batch-size, or use more GPUs ({error})"
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)  # like argparse, for a mistake of the user
 

@@ -547,7 +547,7 @@ def test_section_4_1_one_batch_can_be_learned_by_heart():
     dod = build_model(TINY)
     ema = copy.deepcopy(dod).requires_grad_(False)
     x0, x1, y, t = batch(8)
-    step = partial(train.training_step, dod, ema, with_prior=[torch.tensor([0, 3, 4])])
+    step = partial(train.training_step, dod, ema, with_prior=torch.tensor([0, 3, 4]))
     still = torch.optim.AdamW(dod.parameters(), 0.0, weight_decay=0)
     loss, halves, norm = step(still, (100 * x0, 100 * x1, t, y), step=1)
     losses = 1e4 * (x1 - x0).square().flatten(1).mean(1)
@@ -569,18 +569,18 @@ def test_section_4_1_one_batch_can_be_learned_by_heart():
         assert close(flat(ema), effective * before + (1 - effective) * flat(dod), 1e-6)
 
 
-def test_gradients_are_equal_on_ranks_and_in_micro_batches_and_near_in_bf16(monkeypatch):
+def test_gradients_are_equal_on_ranks_and_near_in_bf16(monkeypatch):
     # Each case is the same model and batch; only the way to the gradient and the halves differs.
     x0, x1, y, t = batch(8)
     gradients = []
     both = []
-    for ranks, accum, bf16 in ((1, 1, False), (1, 4, False), (2, 2, False), (1, 1, True)):
+    for ranks, bf16 in ((1, False), (2, False), (1, True)):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         gradients.append(0)
         both.append(0)
         for rank in range(ranks):
             monkeypatch.setenv("RANK", str(rank))
-            share, with_prior = train.divide_batch(8, 0.25, accum, True)
+            share, with_prior = train.divide_batch(8, 0.25, True)
             dod = awake().train()
             optimizer = torch.optim.AdamW(dod.parameters(), 0.0, weight_decay=0)
             mine = [part[share] for part in (x0, x1, t, y)]
@@ -589,8 +589,8 @@ def test_gradients_are_equal_on_ranks_and_in_micro_batches_and_near_in_bf16(monk
             both[-1] += halves
             gradients[-1] += flat(dod, "grad") * max(norm, 1) / ranks  # as before the clip
     errors = [(other - gradients[0]).norm() / gradients[0].norm() for other in gradients]
-    assert max(errors[:3]) < 1e-5 and 1e-4 < errors[3] < 0.05
-    assert close(both[0], both[1]) and close(both[0], both[2]) and close(both[0], both[3], 0.05)
+    assert errors[1] < 1e-5 and 1e-4 < errors[2] < 0.05
+    assert close(both[0], both[1]) and close(both[0], both[2], 0.05)
 
 
 def test_noise_times_and_dropped_classes_are_a_function_of_seed_and_step():
@@ -611,12 +611,10 @@ def test_noise_times_and_dropped_classes_are_a_function_of_seed_and_step():
 
 def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeypatch, tmp_path):
     # A run over more than three epochs of 15 images, with all flags that concern a step. Five are
-    # held out; what is hidden, such as an editor's copies, is left out.
+    # held out.
     steps = []
     before_step(monkeypatch, lambda step, given: steps.append((given, flat(given.network))))
     data = folder(tmp_path / "data")
-    shutil.copytree(data / "a", data / ".hidden")
-    (data / "a/._0.png").write_text("no image")
     flags = [*QUICK, "--data", data, "--held-out", 0.25, "--seed", 4, "--class-groups", 2]
     flags += ["--p-s", 0.25, "--lr", 0.01, "--lem-lr-factor", 0.5, "--warmup", 2]
     flags += ["--ema-decay", 0.5, "--precision", "bf16", "--out", tmp_path / "out"]
@@ -624,7 +622,9 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
 
     # What each step should have been given, put together by hand. Images are mirrored by default.
     images, held_out, _ = train.load_data(str(data), 8, 3, 0.25, 2)
-    assert [*held_out.rows, *images.rows] == [*np.random.default_rng(0).permutation(20)]
+    files = sorted(map(str, data.rglob("*.png")))
+    order = np.random.default_rng(0).permutation(20)
+    assert [*held_out.members, *images.members] == [files[i] for i in order]
     assert (images.classes, images.original_classes) == (["a-c", "d-e"], [*"abcde"])
 
     def read(data, numbers, flips):
@@ -632,7 +632,7 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
         x0 = []
         y = []
         for i, flipped in zip(numbers, flips, strict=False):
-            file = Path(data.members[data.rows[i]])
+            file = Path(data.members[i])
             x0.append(np.array(Image.open(file))[:, :: -1 if flipped else 1] / 127.5 - 1)
             y.append("abcde".index(file.parent.name) * 2 // 5)
         return torch.tensor(np.stack(x0)).permute(0, 3, 1, 2).float(), torch.tensor(y)
@@ -647,7 +647,7 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
         assert close(given.batch[0], x0)
         assert torch.equal(given.batch[1], x1) and torch.equal(given.batch[2], t)
         assert torch.equal(given.batch[3], y.where(~dropped, 2))  # 2: the null class
-        assert torch.equal(*given.rows, kept) and given.rest == (True, 0.5)
+        assert torch.equal(given.rows, kept) and given.rest == (True, 0.5)
 
     # The rates warm up, LEM's and its MLP's at half of the other; the seed gives the first weights.
     assert [given.lr for given, _ in steps] == [[0.005, 0.0025], *[[0.01, 0.005]] * 5]
@@ -717,7 +717,7 @@ def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, 
         sample.load_checkpoint(out / "ckpt.pt")  # it is whole, always
     assert run(train, *flags) == 0
     assert ended_alike(out, tmp_path / "whole")
-    assert not list(out.glob(".*"))
+    assert [file.name for file in out.glob(".*")] == [".dod-lock"]
 
 
 def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path):
@@ -726,9 +726,11 @@ def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path)
     flags = [*QUICK, "--data", data, "--vae", vae, "--image-size", 16, "--p-s", 0.25]
     flags += ["--log-every", 1, "--save-every", 10**6]
     two = tmp_path / "two"
-    more = ["--cache", tmp_path / "cache 2", "--grad-accum", 2, "--steps", 10**6, "--out", two]
+    more = ["--cache", tmp_path / "cache 2", "--steps", 10**6, "--out", two]
     with torchrun(train, *flags, *more) as process:
-        while process.poll() is None and not (two / "log.jsonl").exists():
+        while process.poll() is None and not any(two.glob("log.jsonl")):
+            time.sleep(0.05)
+        while process.poll() is None and not (two / "log.jsonl").read_text():
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=60)
@@ -762,7 +764,7 @@ def test_nothing_bad_takes_the_place_of_a_checkpoint(monkeypatch, tmp_path, capf
     good = ckpt.read_bytes()
     with pytest.raises(Exception, match="pickle"):
         train.save_checkpoint(ckpt, {"classes": lambda: "not data"}, 6, {})
-    assert ckpt.read_bytes() == good and len(list(tmp_path.iterdir())) == 2
+    assert ckpt.read_bytes() == good and len(list(tmp_path.glob("*.*"))) == 3  # log, lock
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -771,8 +773,7 @@ def test_what_is_finished_is_saved_before_an_error_ends_a_run(workers, tmp_path,
     data = folder(tmp_path / "data")
     flags = [*QUICK, "--data", data, "--held-out", 0.25, "--workers", workers, "--out"]
     images, held_out, _ = train.load_data(str(data), 8, 3, 0.25)
-    first = images.rows[np.random.default_rng((0, 1, 0)).permutation(15)[8]]
-    file = Path(images.members[first])
+    file = Path(images.members[np.random.default_rng((0, 1, 0)).permutation(15)[8]])
     good = file.read_bytes()
     file.write_text("no image")
     assert run(train, *flags, tmp_path / "a") == 2
@@ -787,9 +788,9 @@ def test_what_is_finished_is_saved_before_an_error_ends_a_run(workers, tmp_path,
     assert sample.load_checkpoint(tmp_path / "a/ckpt.pt")["step"] == 3
 
     # A broken held-out image is noticed before anything is written.
-    Path(held_out.members[held_out.rows[0]]).write_text("no image")
+    Path(held_out.members[0]).write_text("no image")
     assert run(train, *flags, tmp_path / "b") == 2
-    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "b/ckpt.pt").exists()
 
 
 def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, monkeypatch):
@@ -863,7 +864,8 @@ def test_a_line_and_a_picture_say_what_the_prior_is_worth(trained, tmp_path):
 def test_letters_are_a_function_of_their_number_and_held_out_ones_are_others():
     # A letter is training or held out, and drawn alike by anybody who asks for it.
     letters, held_out, _ = train.load_data("letters", 16, 1, 0.1)
-    assert sorted([*letters.rows, *held_out.rows]) == list(range(25_000)) and len(held_out) == 2500
+    numbers = [*letters.members, *held_out.members]
+    assert sorted(numbers) == list(range(25_000)) and len(held_out) == 2500
     assert len(train.load_data("letters", 16, 1, 0.5)[1]) == 5000
     images = torch.stack([letters[i, False][0] for i in range(200)])
     train.draw_letter.cache_clear()
@@ -919,11 +921,11 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
     flags = [*QUICK, "--data", data, "--vae", vae, "--image-size", 16, "--held-out", 0.1]
     assert run(train, *flags, "--out", tmp_path / "a") == 0
     flags += ["--cache", tmp_path / "cache"]
-    answers = iter([sample.VAE.moments])
-    interrupted = patch.object(sample.VAE, "moments", lambda *given: next(answers)(*given))
+    answers = iter([sample.Codec.moments])
+    interrupted = patch.object(sample.Codec, "moments", lambda *given: next(answers)(*given))
     with interrupted, pytest.raises(StopIteration):
         run(train, *flags, "--out", tmp_path / "b")
-    assert not (tmp_path / "cache/latents.npy").exists()
+    assert not (tmp_path / "cache/latents.fp16").exists()
 
     # A disk that is too small, and another run that is encoding.
     full = OSError(errno.ENOSPC, "No space left on device")
@@ -936,16 +938,11 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
 
     # Encoded, then read when the images are gone: the same latents, up to the rounding to fp16.
     assert run(train, *flags, "--steps", 1, "--out", tmp_path / "c") == 0
-    assert "has changed since" not in capfd.readouterr().out
-    shutil.copytree(data / "a", data / "new")
-    assert run(train, *flags, "--steps", 1, "--out", tmp_path / "f") == 0
-    said = capfd.readouterr().out
-    assert "20 images in 5 classes, encoded" in said and "has changed since" in said
     x0.pop()
-    shutil.rmtree(data / "new")
     data.rename(tmp_path / "moved")
     assert run(train, *flags, "--out", tmp_path / "d") == 0
-    assert len(x0) == 13 and all(close(x0[i], x0[i + 7], 0.02) for i in range(6))
+    assert "20 images in 5 classes, of " in capfd.readouterr().out
+    assert len(x0) == 12 and all(close(x0[i], x0[i + 6], 0.02) for i in range(6))
 
     # Other latents are refused.
     other = shutil.copytree(vae, tmp_path / "other")
@@ -985,16 +982,14 @@ def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae):
     assert wrong.abs().max() <= 1 and (wrong != 0).double().mean() < 0.01
 
 
-def by_hand(dod, y, w, guide_on="both", prior=None):
+def by_hand(dod, y, w, prior=None):
     """Fig. 3a and section 3.3 written out: three stages of two Euler steps -> their samples."""
     samples = []
     for i in range(3):
         x = sample.stage_noise((3, 8, 8), 7, range(5, 8), i)
         e_s = None if prior is None else dod.visual_prior(prior)
         for t in (torch.full((3,), 1.0), torch.full((3,), 0.5)):
-            # The unconditional branch sees neither class nor prior, or the class alone.
-            keeps_class = guide_on == "prior" and e_s is not None
-            v_u = dod(x, t, y if keeps_class else torch.full((3,), dod.null_class))
+            v_u = dod(x, t, torch.full((3,), dod.null_class))  # neither class nor prior
             x = x - (v_u + w[i] * (dod(x, t, y, e_s) - v_u)) / 2
         samples.append(x)
         prior = x
@@ -1002,23 +997,23 @@ def by_hand(dod, y, w, guide_on="both", prior=None):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("given, settings, w", [
-    ({}, {}, [1, 5.5, 5.5]),  # section 3.3: unguided in stage 1, then the model's own scale
-    ({"w": 4.0, "prior": batch(3)[0]}, {}, [4, 4, 4]),
-    ({"w": [3.0, 1.0, 2.0]}, {"guide_on": "prior"}, [3, 1, 2]),
-    ({"w": 3.0}, {}, [1, 3, 3]),
+@pytest.mark.parametrize("given, w", [
+    ({}, [1, 5.5, 5.5]),  # section 3.3: unguided in stage 1, then the model's own scale
+    ({"w": 4.0, "prior": batch(3)[0]}, [4, 4, 4]),
+    ({"w": [3.0, 1.0, 2.0]}, [3, 1, 2]),
+    ({"w": 3.0}, [1, 3, 3]),
 ])  # fmt: skip
-def test_fig3a_each_stage_is_guided_by_the_stage_before(given, settings, w):
+def test_fig3a_each_stage_is_guided_by_the_stage_before(given, w):
     # The network, which a guided evaluation runs twice, and LEM, once a stage, count their runs.
     dod = awake()
     y = torch.tensor([1, 4, 0])
     count = Mock(return_value=None)
     dod.register_forward_hook(count)
     dod.lem.register_forward_hook(count)
-    sampler = Sampler("euler", 2, seed=7, **settings)
+    sampler = Sampler("euler", 2, seed=7)
     samples, nfe = sample.generate(dod, y, 3, **given, sampler=sampler, start=5)
     spent = count.call_count
-    expected = by_hand(dod, y, w, **settings, prior=given.get("prior"))
+    expected = by_hand(dod, y, w, given.get("prior"))
     assert all(close(z, e, 1e-4) for z, e in zip(samples, expected, strict=True))
     assert [n.tolist() for n in nfe] == [[2] * 3] * 3
     assert spent == sum(2 if scale == 1 else 4 for scale in w) + (3 if "prior" in given else 2)
@@ -1037,7 +1032,7 @@ def test_an_image_is_a_function_of_seed_and_number_or_is_refused(monkeypatch):
     dod = awake().double()
     y = torch.arange(5)
     prior = batch(5)[0].double()
-    go = partial(sample.generate, dod, sampler=Sampler(seed=3, guide_on="prior"))
+    go = partial(sample.generate, dod, sampler=Sampler(seed=3))
     together, _ = go(y, prior=prior)
     last, _ = go(y[2:], prior=prior[2:], start=2, batch_size=2)
     assert all(close(a[2:], b, 1e-6) for a, b in zip(together, last, strict=True))
@@ -1085,59 +1080,54 @@ def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(ckpt, tmp_
     assert np.array_equal(images, drawn(ckpt, y[:5], 1, [4.0]))
 
 
-def test_fig4_real_images_are_priors_of_a_set_from_a_folder_or_a_cache(vae, tmp_path, capfd):
-    # A run of colour images in five classes, which makes a cache.
+def test_fig4_real_images_are_priors_of_a_set(vae, tmp_path, capfd):
+    # A run of colour images in five classes.
     data = folder(tmp_path / "data", 16)
     flags = [*QUICK, "--data", data, "--vae", vae, "--image-size", 16, "--steps", 1]
-    cache = tmp_path / "cache"
-    assert run(train, *flags, "--cache", cache, "--out", tmp_path / "run") == 0
+    assert run(train, *flags, "--out", tmp_path / "run") == 0
     found = sample.load_checkpoint(tmp_path / "run/ckpt.pt")
     config = replace(Config(**found["config"]), w=3.0)
     dod = awake(config)
     ckpt = tmp_path / "awake.pt"
     torch.save(found | {"config": asdict(config), "ema": dod.state_dict()}, ckpt)
 
-    # Image n has the prior and the class of image number order[n]; held-out images come first.
+    # Image n has the prior and the class of image number order[n]; held-out images come first. The
+    # VAE has moved.
+    moved = Path(shutil.copytree(vae, tmp_path / "moved"))
     files = sorted(data.rglob("*.png"))
-    shutil.copytree(data / "a", data / ".hidden")
-    flags = ["--ckpt", ckpt, *SET]
-    images, y = set_of(tmp_path / "a.npz", *flags, "--prior-data", data)
-    pixels = np.load(tmp_path / "a-priors.npz")["arr_0"]
-    order = np.random.default_rng(0).permutation(20)
+    flags = ["--ckpt", ckpt, *SET, "--vae", moved]
+    images, y = set_of(tmp_path / "a.npz", *flags, "--prior-data", data, "--number", 18)
+    pixels = np.array([Image.open(file) for file in sorted((tmp_path / "a-priors").iterdir())])
+    order = np.random.default_rng(0).permutation(20)[:18]
     assert np.array_equal(pixels, [np.array(Image.open(files[i])) for i in order])
     assert y.tolist() == [i // 4 for i in order]
 
     # One stage with the mean of the VAE's posterior as a prior, at the model's own scale.
-    codec = sample.load_codec(vae)
+    codec = sample.load_codec(str(moved))
     prior = codec.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     settings = ([3.0], Sampler("euler", 2, seed=7))
     (z0,), _ = sample.generate(dod, torch.tensor(y), 1, *settings, prior=prior)
     expected = codec.decode(z0).permute(0, 2, 3, 1).int().numpy()
     assert abs(images - expected).max() <= 1
 
-    # From the cache, when the VAE has moved: nearly the same.
-    moved = Path(shutil.copytree(vae, tmp_path / "moved"))
-    more = ["--prior-data", cache, "--number", 9, "--vae", moved]
-    cached, y_cached = set_of(tmp_path / "b.npz", *flags, *more)
-    assert np.array_equal(y_cached, y[:9]) and abs(cached.astype(int) - images[:9]).mean() < 1
-    assert "wrote 9 priors (decoded latents) to " in capfd.readouterr().out
-    decoded = codec.decode(prior[:9]).permute(0, 2, 3, 1).int().numpy()
-    assert abs(np.load(tmp_path / "b-priors.npz")["arr_0"] - decoded).mean() < 1
-
-    # Other classes, and a VAE with another scale or without some of its weights, are refused.
-    wrong = ["--npz", tmp_path / "c.npz"]
+    # Hidden images, other classes, a VAE with another scale or without some of its weights.
+    wrong = ["--npz", tmp_path / "c.npz", "--prior-data", data]
+    shutil.copytree(data / "a", data / ".hidden")
+    assert run(sample, *flags, *wrong) == 2
+    assert "0.png is hidden" in capfd.readouterr().err
+    shutil.rmtree(data / ".hidden")
     shutil.rmtree(data / "e")
-    assert run(sample, *flags, *wrong, "--prior-data", data) == 2
-    assert "has other classes, size or VAE than" in capfd.readouterr().err
+    assert run(sample, *flags, *wrong) == 2
+    assert "has other classes than" in capfd.readouterr().err
     config_file = moved / "config.json"
     config_file.write_text(config_file.read_text().replace("3.0", "2.0"))
-    assert run(sample, *flags, *wrong, "--vae", moved) == 2
-    assert "in training they were (3.0, 0.5, 4)" in capfd.readouterr().err
+    assert run(sample, *flags, *wrong) == 2
+    assert "another scale or shift than" in capfd.readouterr().err
     (weights,) = moved.glob("*.safetensors")
     safetensors = pytest.importorskip("safetensors.torch")
     kept = {key: x for key, x in safetensors.load_file(weights).items() if "decoder" not in key}
     safetensors.save_file(kept, weights, {"format": "pt"})
-    assert run(sample, *flags, *wrong, "--vae", moved) == 2
+    assert run(sample, *flags, *wrong) == 2
     assert "lacks weights, such as decoder." in capfd.readouterr().err
 
 
@@ -1167,28 +1157,27 @@ def test_the_grid_is_fair_and_a_path_leads_to_its_image(ckpt, tmp_path, monkeypa
         assert (x_0[-1].int() - sample.Codec().decode(z0)[0].int()).abs().max() <= 1
 
 
-def test_priors_are_rows_and_classes_columns(ckpt, tmp_path, monkeypatch):
+def test_each_prior_is_the_first_row_of_its_block(ckpt, tmp_path, monkeypatch):
     grids = []
     monkeypatch.setattr(sample, "draw_grid", lambda *grid: grids.append(grid))
     paths = [folder(tmp_path) / name for name in ("a/0.png", "b/1.png")]
     flags = ["--ckpt", ckpt, *SET, "--classes", "C,A", "--prior", f"{paths[0]},{paths[1]}"]
-    assert run(sample, *flags, "--cfg", 4) == 0
-    ((_, ((label, matrix),), titles),) = grids
-    assert (label, titles) == ("w = 4", ["prior", "C", "A"])
-    for row, path in zip(matrix.split(3), paths, strict=True):
-        image = sample.open_image(path, 8, 1)
-        prior = sample.Codec().encode(image.expand(2, -1, -1, -1))
+    assert run(sample, *flags, "--cfg", 4, "--per-class", 1) == 0
+    ((_, (*_, one, two), titles),) = grids
+    assert titles == ["C", "A"]
+    for (label, images), path in zip((one, two), paths, strict=True):
+        image = sample.open_image(path, 8, 1).expand(2, -1, -1, -1)
+        prior = sample.Codec().encode(image)
         expected = drawn(ckpt, [2, 0], 1, [4.0], prior=prior)[..., :1]
-        assert torch.equal(row[0], image)
-        assert np.array_equal(row[1:].permute(0, 2, 3, 1), expected)
+        assert path.name in label and torch.equal(images[:2], image)
+        assert np.array_equal(images[2:].permute(0, 2, 3, 1), expected)
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("train --data nowhere", "--data nowhere is neither letters nor a folder"),
+    ("train --data nowhere", "No such file or directory: 'nowhere'"),
     ("train --data data --held-out 0.9", "lower --held-out"),
     ("train --data data", "data/b/1.png is not a readable image"),
     ("train --p-s 0", "--p-s 0.0 leaves S without an image"),
-    ("train --grad-accum 3", "8 is not divisible by 1 ranks x 3 micro-batches"),
     ("train --vae ./nothing --image-size 16", "nothing"),
     ("train --device cuda:99", "device cuda:99 is not available here"),
     ("train --out R", "R has files already"),
@@ -1197,7 +1186,7 @@ def test_priors_are_rows_and_classes_columns(ckpt, tmp_path, monkeypatch):
     ("sample --npz a.npz --out a.png", "--out is for a single picture"),
     ("sample --npz R/a.txt", "R/a.txt should end in .npz"),
     ("sample --npz data.npz", "data exists already; give another name"),
-    ("sample --npz a.npz --prior-data nowhere", "nowhere is no folder"),
+    ("sample --npz a.npz --prior-data nowhere", "No such file or directory: 'nowhere'"),
     ("sample --number 9", "add --npz FILE.npz"),
     ("sample --prior a.png --stages 2", "--stages has no effect"),
     ("sample --classes a", "class 'a' is unknown"),
@@ -1213,7 +1202,7 @@ def test_mistakes_end_in_one_line(argv, message, trained, tmp_path, monkeypatch,
     folder(Path("data"))
     Path("data/b/1.png").write_text("mine")
     torch.save(sample.load_checkpoint("R/ckpt.pt") | {"code": Namespace()}, "code.pt")
-    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*.*")}
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*.*[!k]")}  # but locks
 
     # One line of error, exit status 2, and no traceback.
     module, *flags = argv.split()
@@ -1223,7 +1212,7 @@ def test_mistakes_end_in_one_line(argv, message, trained, tmp_path, monkeypatch,
     assert line.startswith(f"{module}.py: error: ") and message in line
 
     # Nothing is written, but by a run that meets a broken image on its way.
-    after = {path: path.stat().st_mtime_ns for path in Path().rglob("*.*")}
+    after = {path: path.stat().st_mtime_ns for path in Path().rglob("*.*[!k]")}
     assert after == before or argv == "train --data data"
 
 
@@ -1255,7 +1244,7 @@ def test_a_step_and_euler_s_method_never_wait_for_a_gpu(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True), NeverWaits(), torch.no_grad():
         for step in (1, 2):
             given = (x, x, x[:, 0, 0, 0], y)
-            loss, _, _ = train.training_step(dod, dod, optimizer, given, [y[:2], y[:2]], step)
+            loss, _, _ = train.training_step(dod, dod, optimizer, given, y[:2], step)
         e_s = dod.visual_prior(x)
         z0, _ = sample.sample_stage(dod, x, y, e_s, 2.0, Sampler("euler", 3))
     assert loss.device.type == z0.device.type == "cuda"
@@ -1372,6 +1361,7 @@ def letters_ckpt(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(evaluate, "take_images", few)
     quick = Mock(side_effect=partial(evaluate.train_classifier, steps=20))
     monkeypatch.setattr(evaluate, "train_classifier", quick)
+    monkeypatch.setattr(evaluate, "SHIPPED", tmp_path / "none")
     monkeypatch.chdir(tmp_path)
     return derived(tmp_path)
 
@@ -1489,14 +1479,14 @@ def test_fig4_stages_of_merged_classes_and_of_fitv2(K, N, expected, letters_ckpt
 
 def test_fig4_reconstruct_and_table2_probe_report_their_columns(letters_ckpt):
     flags = ["--ckpt", letters_ckpt, "--num", 70]
-    sampling = ["--steps", 4, "--cfg", 2, "--guide-on", "prior"]
+    sampling = ["--steps", 4, "--cfg", 2]
     _, row = rows_of("reconstruct", *flags, *sampling, "--seed", 3)
 
     # The priors are the held-out images themselves, each with its class.
     dod = sample.load_model(sample.load_checkpoint(letters_ckpt))
     codec = sample.Codec()
     images, y, _ = evaluate.take_images(HELD_OUT, 70)
-    sampler = Sampler("euler", 4, "prior", seed=3)
+    sampler = Sampler("euler", 4, seed=3)
     (z0,), _ = sample.generate(dod, y, 1, [2.0], sampler, prior=codec.encode(images))
     for key, metric in (("psnr", evaluate.psnr), ("ssim", evaluate.ssim)):
         assert close(row[key], metric(images, codec.decode(z0)).mean().item())
@@ -1636,11 +1626,11 @@ def test_fig2_curves_average_seeds_each_at_its_best_scale_by_training_fid(tmp_pa
         best.append(min((row["fid_training"], row["w"], row["fid"]) for row in scan))
     expected = pytest.approx([640_000, *np.mean(best, 0)[1:], np.std(best, 0, ddof=1)[2], 2])
     found = {row["what"]: [*row.values()] for row in rows_of("curves", *paths)}
-    name = "DoD stage 2, guided by class and prior; latent tokens 2"
+    name = "stage 2, guided; N 2"
     assert len(found) == 6 and found[name][1:] == expected
 
     # A new report says more, and its checkpoint calls w what an old one calls cfg. A factor of 1
-    # for LEM's rate is what old runs had. Over w, an unguided row begins the guided curve.
+    # for LEM's rate is what old runs had. Over w, an unguided row is a part of the curve.
     config = given["checkpoint"]["config"]
     new = given | {"checkpoint": given["checkpoint"] | {"lem_lr_factor": 1.0, "format": "dod-4"}}
     new["checkpoint"]["config"] = {"w": 2.0} | {k: v for k, v in config.items() if k != "cfg"}
@@ -1648,7 +1638,7 @@ def test_fig2_curves_average_seeds_each_at_its_best_scale_by_training_fid(tmp_pa
     assert len(rows_of("curves", *paths, "new.json")) == 6
     over_w = rows_of("curves", paths[0], "--over", "w")
     (row,) = (row for row in over_w if row["w"] == 1)
-    assert row["what"] == "DoD stage 1, guided by class"
+    assert row["what"] == "stage 1"
 
     # Other counts, another network, another command, other images make no common figure.
     other = {"checkpoint": given["checkpoint"] | {"held_out": 0.2}}
@@ -1658,20 +1648,18 @@ def test_fig2_curves_average_seeds_each_at_its_best_scale_by_training_fid(tmp_pa
         assert run(evaluate, "curves", *paths, "changed.json") == 2
 
 
-def test_one_thing_has_one_colour_in_all_figures_and_a_single_point_is_a_line(tmp_path):
+def test_one_method_has_one_colour_in_all_figures_and_unguided_ones_are_dashed(tmp_path):
     from matplotlib.axes import Axes
 
-    names = [f"DoD stage 2, guided by prior; N {N}" for N in (1, 2)] + ["FiTv2, unguided"]
-    rows = [{"what": name, "w": w, "fid": w} for name in names for w in (1, 2)][:-1]
-    spies = {name: patch.object(Axes, name, autospec=True, side_effect=getattr(Axes, name))
-             for name in ("errorbar", "axhline")}  # fmt: skip
-    with spies["errorbar"] as errorbar, spies["axhline"] as axhline:
+    names = ["stage 2, guided; N 1", "stage 2, guided; N 2", "FiTv2, unguided"]
+    rows = [{"what": name, "w": w, "fid": w} for name in names for w in (1, 2)]
+    real = Axes.errorbar
+    with patch.object(Axes, "errorbar", autospec=True, side_effect=real) as errorbar:
         evaluate.draw_curves(tmp_path / "a.png", rows, "w", 0.5)
-    styles = [call.kwargs for call in errorbar.mock_calls + axhline.mock_calls]
-    assert [style["color"] for style in styles] == ["C0", "C0", "C1", "black"]
-    assert [style["linestyle"] for style in styles] == ["-.", "-.", "--", ":"]
+    styles = [call.kwargs for call in errorbar.mock_calls]
+    assert [style["color"] for style in styles] == ["C0", "C0", "C1"]
+    assert [style["linestyle"] for style in styles] == ["-", "-", "--"]
     assert styles[0]["marker"] != styles[1]["marker"]
-    assert styles[2]["label"] == "FiTv2, unguided (w = 1)"
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -1680,7 +1668,7 @@ def test_one_thing_has_one_colour_in_all_figures_and_a_single_point_is_a_line(tm
     ("stages --ckpt other.pt", "has not the images"),
     ("stages --ckpt fit.pt --stages 2", "is a plain FiTv2"),
     ("probe --ckpt fit.pt", "is a plain FiTv2"),
-    ("probe --ckpt ckpt.pt --cache empty", "has no latents.npy"),
+    ("probe --ckpt ckpt.pt --cache empty", "has no latents.fp16"),
     ("samples --ref empty --samples good.npz", "empty has 0 images"),
     ("samples --ref good.npz --samples broken", "broken/a/1.png is not a readable image"),
     ("samples --ref good.npz --samples few.npz", "few.npz has 3 images"),

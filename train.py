@@ -1,12 +1,9 @@
 r"""train.py -- end-to-end training of DoD: the step, the loop, the data. Sections 3.3 and 4.1.
 
 Backbone and LEM learn together, from real images alone. In training the visual prior of an image
-is LEM of its own latent, and a share p_s of each batch sees the sample token S instead.
-
-Why are real images enough, when stage 2 will get generated ones as priors? Section 3.3 assumes that
-only semantics pass LEM's bottleneck, and that they are alike in both; the flaws of a generated
-image are details and stay behind. Without a bottleneck (--prior-from patches) they are copied.
-(What really passes is whatever lowers the loss most: of our letters the greys, slant and stroke.)
+is LEM of its own latent, and a share p_s of each batch sees the sample token S instead. Section 3.3
+assumes that only semantics pass LEM's bottleneck, and that they are alike in real and in generated
+images. (What really passes is whatever lowers the loss most: of our letters the greys and slant.)
 
 Everything random is a function of (seed, step) and is drawn for the global batch. So the number of
 GPUs changes a result by rounding only, and a resumed run, on a CPU, equals an unbroken one exactly.
@@ -25,12 +22,13 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -49,8 +47,8 @@ from lem import ViTBlock
 from model import CONFIGS, Block, Config, UserError, build_model, training_flops
 from sample import (
     FLIP_STREAM, ORDER_STREAM, Codec, Parser, barrier, bounded, image_files, load_checkpoint,
-    load_codec, open_image, pick_device, process_group, rank_and_world_size, read_latents,
-    replacing, run_command, shuffled_order,
+    load_codec, open_image, pick_device, process_group, rank_and_world_size, replacing,
+    run_command, shuffled_order,
 )  # fmt: skip
 
 CLASS_DROPOUT = 0.1  # CHOICE: the paper names no number; DiT, SiT and FiTv2 have this one
@@ -63,8 +61,7 @@ def draw_noise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws what is random in a step, a function of (seed, step), on the generator's device.
     -> x1 (B, C, H, W) noise; eps (B, C, H, W) normal, for the VAE's posterior; t (B,) times;
-    dropped (B,): which images lose their class. CHOICE: independently of losing their prior.
-    """
+    dropped (B,): which images lose their class. CHOICE: independently of losing their prior."""
     # SeedSequence turns (seed, step) into one number that is unrelated to that of the next step.
     state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
     generator.manual_seed(int(state[0]))
@@ -82,9 +79,7 @@ def draw_noise(
 def to_latents(x: Tensor, eps: Tensor | None, codec: Codec) -> Tensor:
     """uint8 images (b, channels, rows, columns), or cached means and deviations (b, 2, C, H, W)
     -> latents (b, C, H, W): samples of the VAE's posterior by the normal eps, without it its mean.
-
-    CHOICE: training takes samples, as SiT does; the paper does not say.
-    """
+    CHOICE: training takes samples, as SiT does; the paper does not say."""
     if x.dtype == torch.uint8:
         return codec.encode(x, eps)
     return x[:, 0] if eps is None else x[:, 0] + x[:, 1] * eps
@@ -92,40 +87,22 @@ def to_latents(x: Tensor, eps: Tensor | None, codec: Codec) -> Tensor:
 
 def training_step(
     network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple,
-    with_prior: list[Tensor], step: int, bf16: bool = False, ema_decay: float = 0.999,
+    with_prior: Tensor, step: int, bf16: bool = False, ema_decay: float = 0.999,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One training step of this rank. It never synchronises with the GPU.
 
     network: DoD or FiTv2, possibly inside DistributedDataParallel; batch: x0, x1 (b, C, H, W) data
-    and noise, t (b,) times, y (b,) classes; with_prior[i] (k,): which images of micro-batch i keep
-    their prior, as indices (empty for FiTv2) -> the mean loss (); the sum of the losses with a
-    prior, and of those with S (2,); the norm of the gradient before it is clipped ().
-    """
+    and noise, t (b,) times, y (b,) classes; with_prior (k,): which images keep their prior, as
+    indices (empty for FiTv2) -> the mean loss (); the sums of the losses with a prior and with S
+    (2,), whose gap is what the prior is worth; the norm of the gradient before it is clipped ()."""
+    # Eq. 3 trains backbone and LEM together: the prior of an image is its own latent.
     x0, x1, t, y = batch
-    size = len(x0) // len(with_prior)  # of a micro-batch
-    total = torch.zeros((), device=x0.device)
-    sums = torch.zeros(2, device=x0.device)
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
+        losses = rectified_flow_loss(network, x0, y, x1, t, with_prior)
+
+    # DistributedDataParallel averages the gradients over the ranks.
     optimizer.zero_grad(set_to_none=True)
-    for i, rows in enumerate(with_prior):
-        micro = slice(i * size, (i + 1) * size)
-
-        # The gradients of the micro-batches add up. DistributedDataParallel averages them over the
-        # ranks once a step, in the last one.
-        network.require_backward_grad_sync = i == len(with_prior) - 1
-
-        # Eq. 3 trains backbone and LEM together: the prior of an image is its own latent.
-        with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
-            losses = rectified_flow_loss(network, x0[micro], y[micro], x1[micro], t[micro], rows)
-
-        # Divided by the number of micro-batches, their sum is the mean over the whole batch.
-        loss = losses.mean() / len(with_prior)
-        loss.backward()
-        total += loss.detach()
-
-        # The gap between the mean losses with S and with a prior is what the prior is worth.
-        losses = losses.detach()
-        sum_with_prior = losses[rows].sum()
-        sums += torch.stack([sum_with_prior, losses.sum() - sum_with_prior])
+    losses.mean().backward()
 
     # CHOICE: the gradient is clipped to norm 1, as FiTv2's configuration says; the paper does not.
     norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -133,7 +110,9 @@ def training_step(
 
     # What is sampled from, and reported, is the moving average of the weights.
     update_ema(ema, network, step, ema_decay)
-    return total, sums, norm
+    losses = losses.detach()
+    sum_with_prior = losses[with_prior].sum()
+    return losses.mean(), torch.stack([sum_with_prior, losses.sum() - sum_with_prior]), norm
 
 
 @torch.no_grad()
@@ -141,8 +120,7 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int, decay: float = 0.9
     """ema <- decay ema + (1 - decay) weights, in fp32, at the end of step `step` (section 4.1).
 
     CHOICE: step n uses min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten.
-    The paper prints a decay of 0.999; SiT's and FiTv2's code has 0.9999.
-    """
+    The paper prints a decay of 0.999; SiT's and FiTv2's code has 0.9999."""
     decay = min(decay, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), network.parameters(), strict=True):
         average.lerp_(weight, 1 - decay)
@@ -179,12 +157,11 @@ def train(args: argparse.Namespace) -> None:
             try:
                 x, y = next(images)
             except Exception as error:
-                save_finished(run, results, step - 1)
-                if args.workers:
-                    # The text of the error has the worker's traceback. This process's own would
-                    # keep the loader's iterator, and so its workers, alive.
-                    raise error.with_traceback(None) from None
-                raise
+                # The finished steps are saved first, unless rank 0 does so. All have these weights.
+                if (step - 1) % args.save_every and all(norm.isfinite() for _, _, norm in results):
+                    save_checkpoint(run.out / "ckpt.pt", run.facts, step - 1, run.modules)
+                # A traceback would keep the loader's workers alive; the error's text has theirs.
+                raise (error.with_traceback(None) if args.workers else error) from None
             waited += time.time() - asked
 
             # Noise, times and dropped classes are drawn for the global batch: this is our share.
@@ -198,11 +175,8 @@ def train(args: argparse.Namespace) -> None:
             # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * min(1, step / max(1, args.warmup))
-            batch = (x0, x1, t, y)
-            bf16 = args.precision == "bf16"
-            result = training_step(
-                run.network, ema, optimizer, batch, run.with_prior, step, bf16, args.ema_decay
-            )
+            settings = (run.with_prior, step, args.precision == "bf16", args.ema_decay)
+            result = training_step(run.network, ema, optimizer, (x0, x1, t, y), *settings)
             results.append(result)
 
             # Several ranks vote at every tenth step only, for a vote waits for the GPU.
@@ -269,14 +243,6 @@ def after_interval(
         tqdm.write(worth_of_prior(record, run.args))
 
 
-def save_finished(run: Run, results: list[tuple], step: int) -> None:
-    """Saves the finished steps before an error, such as an unreadable image, ends this rank. Any
-    rank may do so, for all have the same weights, and the others wait for it in the next step."""
-    saved = step % run.args.save_every == 0  # by rank 0, perhaps at this moment
-    if not saved and all(norm.isfinite() for _, _, norm in results):
-        save_checkpoint(run.out / "ckpt.pt", run.facts, step, run.modules)
-
-
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Adds up, in place, what each rank has, if there are several."""
     if dist.is_initialized():
@@ -299,7 +265,7 @@ class Run:
     facts: dict  # what a checkpoint says besides
     held_out: list  # items for held_out_loss()
     share: slice  # this rank's part of a batch
-    with_prior: list[Tensor]  # see training_step()
+    with_prior: Tensor  # see training_step()
     loader: DataLoader
     full_speed: float  # images per second of a GPU at the rate of a matrix product; 0 without CUDA
     done: int  # the steps that were done when the run was started or resumed
@@ -314,27 +280,25 @@ def set_up(args: argparse.Namespace) -> Run:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
 
-    # Data, the model that fits them, and this rank's share of each batch.
+    # Data, the model that fits them, and this rank's share of each batch. An unreadable held-out
+    # image would end the run half-way, so they are read now.
     codec = load_codec(args.vae, device)
     training, held_out, fingerprint = open_data(args, codec)
+    held_out = [held_out[i, False] for i in range(min(256, len(held_out)))]
     channels, side = codec.latent_shape(args.channels, args.image_size)
     config = replace(
         CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=side,
         latent_channels=channels, num_classes=len(training.classes), w=args.w,
         prior_from=args.prior_from,
     )  # fmt: skip
-    share, with_prior = divide_batch(args.batch_size, args.p_s, args.grad_accum, config.N > 0)
-    with_prior = [rows.to(device) for rows in with_prior]  # now, since each copy waits for the GPU
-    # Held-out images are read now: an unreadable one would end the run half-way.
-    held_out = [held_out[i, False] for i in range(min(256, len(held_out)))]
+    share, with_prior = divide_batch(args.batch_size, args.p_s, config.N > 0)
+    with_prior = with_prior.to(device)  # now, since a copy waits for the GPU
 
-    # What checkpoints say of the run, besides its weights.
+    # Model, EMA and optimizer: new, or as they were in the checkpoint of this very run.
     facts = {name: getattr(args, name) for name in RECORDED}
     facts |= {"data": args.data, "classes": training.classes, "fingerprint": fingerprint}
     facts |= {"codec": codec.name, "scale": codec.scale, "shift": codec.shift}
     facts["config"] = asdict(config)
-
-    # Model, EMA and optimizer: new, or as they were in the checkpoint of this very run.
     network, modules = build(args, config, device)
     out = Path(args.out)
     ckpt = out / "ckpt.pt"
@@ -353,24 +317,11 @@ def set_up(args: argparse.Namespace) -> Run:
         training, batch_sampler=(batch[share] for batch in numbers), num_workers=args.workers,
         pin_memory=cuda, worker_init_fn=ignore_signals,
     )  # fmt: skip
-    full_speed = 0.0
-    if cuda:
-        rate = matrix_rate(device, args.precision == "bf16")
-        full_speed = rate / training_flops(config, args.p_s)
+    rate = matrix_rate(device, args.precision == "bf16") if cuda else 0.0
+    speed = rate / training_flops(config, args.p_s)
     return Run(
-        args,
-        out,
-        codec,
-        network,
-        modules,
-        facts,
-        held_out,
-        share,
-        with_prior,
-        loader,
-        full_speed,
-        done,
-    )
+        args, out, codec, network, modules, facts, held_out, share, with_prior, loader, speed, done
+    )  # fmt: skip
 
 
 def build(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[nn.Module, dict]:
@@ -378,10 +329,8 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> tup
     training calls: the model, with several ranks inside of DistributedDataParallel (DDP).
 
     S and LEM are used outside of DDP's forward(), and their gradients are averaged over the ranks
-    all the same: its hooks sit on the parameters, wherever they are used.
-    CHOICE: AdamW's betas are the usual 0.9 and 0.999, as in FiTv2's configuration; the paper names
-    none. Rate and weight decay, 0, are those of section 4.1.
-    """
+    all the same: its hooks sit on the parameters. CHOICE: AdamW's betas are the usual 0.9 and
+    0.999, as in FiTv2's configuration; rate and weight decay, 0, are those of section 4.1."""
     torch.manual_seed(args.seed)
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -445,24 +394,20 @@ def batches(count: int, batch_size: int, seed: int, flip: bool, first: int) -> I
         yield [(i, flip and bool(f)) for i, f in zip(numbers, flipped, strict=True)]
 
 
-def divide_batch(batch_size: int, p_s: float, accum: int, lem: bool) -> tuple[slice, list[Tensor]]:
-    """How the global batch is divided: a contiguous share for a rank, in `accum` micro-batches.
-    -> this rank's share; which images of each micro-batch keep their prior, as indices. UserError
-    where S or LEM would go untrained."""
-    # Every micro-batch, on whatever rank, has the same size.
+def divide_batch(batch_size: int, p_s: float, lem: bool) -> tuple[slice, Tensor]:
+    """-> this rank's contiguous share of the global batch; which images of it keep their prior, as
+    indices. Raises UserError where S or LEM would go untrained."""
     rank, ranks = rank_and_world_size()
-    size = batch_size // (ranks * accum)
-    if size * ranks * accum != batch_size:
-        parts = f"{ranks} ranks x {accum} micro-batches (--grad-accum)"
-        raise UserError(f"--batch-size {batch_size} is not divisible by {parts}")
+    if batch_size % ranks:
+        raise UserError(f"--batch-size {batch_size} is not divisible by {ranks} ranks")
 
     # Which images keep their prior is decided for the global batch. FiTv2 has no priors.
-    keeps = keeps_prior(batch_size, p_s if lem else 1).view(ranks, accum, size)
-    if lem and (keeps.all() or not keeps.any(dim=2).all()):
-        fault = f"--p-s {p_s} leaves S without an image, or LEM in a micro-batch of {size}"
-        raise UserError(f"{fault}; raise --batch-size, lower --grad-accum, or choose 0 < p_s < 1")
-    share = slice(rank * accum * size, (rank + 1) * accum * size)
-    return share, [micro.nonzero().squeeze(1) for micro in keeps[rank]]
+    keeps = keeps_prior(batch_size, p_s if lem else 1).view(ranks, -1)
+    if lem and (keeps.all() or not keeps.any(dim=1).all()):
+        fault = f"--p-s {p_s} leaves S without an image, or LEM in one of {ranks} ranks"
+        raise UserError(f"{fault}; raise --batch-size, or choose 0 < p_s < 1")
+    size = batch_size // ranks
+    return slice(rank * size, (rank + 1) * size), keeps[rank].nonzero().squeeze(1)
 
 
 # 22 typefaces for text among those that come with matplotlib.
@@ -477,32 +422,30 @@ LETTERS = "ABCDEFGHIJ"
 
 @lru_cache(maxsize=25_000)
 def draw_letter(i: int, size: int, channels: int) -> Tensor:
-    """Letter number i, a function of i alone -> uint8 (channels, size, size), grey or RGB.
-    The class is the letter. Its typeface, height, place, tilt (up to 20 degrees) and the two greys
-    or colours are what only a visual prior can tell. Drawn four times too large, box-filtered."""
+    """Letter number i, a function of i alone -> grey, uint8 (channels, size, size). The class is
+    the letter. Its typeface, height, place, tilt (up to 20 degrees) and the two greys are what only
+    a visual prior can tell. Drawn four times too large, box-filtered."""
     import matplotlib
 
     rng = np.random.default_rng((2411, i))  # 2411: any number
     letter = LETTERS[i % 10]
     big = 4 * size  # of the drawing, before it is filtered
 
-    # White on black: typeface, height, place, tilt.
+    # White on black. The letter's bounding box is centred, then moved by up to 5% each way.
     face = f"{matplotlib.get_data_path()}/fonts/ttf/{TYPEFACES[rng.integers(22)]}.ttf"
     font = ImageFont.truetype(face, round(big * rng.uniform(0.75, 1.05)))
-    # Its bounding box is centred, then moved by up to 5% in each direction.
     box = np.reshape(font.getbbox(letter), (2, 2))
     corner = (big - box.sum(0)) / 2 + rng.uniform(-0.05, 0.05, 2) * big
     ink = Image.new("L", (big, big))
     ImageDraw.Draw(ink).text(tuple(corner), letter, 255, font)
     ink = ink.rotate(rng.uniform(-20, 20), Image.BICUBIC).resize((size, size), Image.BOX)
 
-    # Two greys or colours, drawn until their contrast, in luminance, is a third of the scale.
-    weights = np.array([0.299, 0.587, 0.114]) if channels == 3 else np.ones(1)
-    front = back = np.zeros(channels)
-    while abs((front - back) @ weights) < 85:
-        front, back = rng.uniform(0, 255, (2, channels))
-    image = back + np.asarray(ink)[:, :, None] / 255 * (front - back)  # (size, size, channels)
-    return torch.from_numpy(image.round().astype(np.uint8)).permute(2, 0, 1).contiguous()
+    # Two greys, drawn until their contrast is a third of the scale.
+    front = back = 0.0
+    while abs(front - back) < 85:
+        front, back = rng.uniform(0, 255, 2)
+    image = back + np.asarray(ink) / 255 * (front - back)  # (size, size)
+    return torch.from_numpy(image.round().astype(np.uint8)).repeat(channels, 1, 1)
 
 
 class Labelled(Dataset):
@@ -514,31 +457,30 @@ class Labelled(Dataset):
     ):
         """classes: their names; labels (n,): the class of each member; load(member) reads it;
         groups: K, or None. Raises UserError if there are fewer classes than groups."""
+        K = groups or len(classes)
+        if K > len(classes):
+            raise UserError(f"--class-groups {K}: there are only {len(classes)} classes")
         self.original_classes = classes
         self.original_labels = np.asarray(labels)
-        self.classes = group_classes(classes, groups)
-        self.labels = self.original_labels * len(self.classes) // len(classes)
+        self.labels = self.original_labels * K // len(classes)
         self.members = members
         self.load = load
-        self.rows = np.arange(len(self.labels))  # the members that belong to this set
 
-    def subset(self, rows: np.ndarray) -> Labelled:
-        """The members `rows`, in that order."""
-        part = copy.copy(self)
-        part.original_labels = self.original_labels[rows]
-        part.labels = self.labels[rows]
-        part.rows = rows
-        return part
+        # A group of classes is called like A-E.
+        groups_of = [[] for _ in range(K)]
+        for k, name in enumerate(classes):
+            groups_of[k * K // len(classes)].append(name)
+        self.classes = ["-".join(dict.fromkeys([names[0], names[-1]])) for names in groups_of]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.members)
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
         """(i, flipped) -> a uint8 image (channels, size, size) or the moments of its latent, fp32
         (2, C, H, W); the model's class. The sampler decides on flips, so that they are a function
         of (seed, step). Raises UserError that names an unreadable image."""
         i, flipped = item
-        x = self.load(self.members[self.rows[i]])
+        x = self.load(self.members[i])
         if x.dtype != torch.uint8:  # the moments of an image and of its mirror image
             x = x[int(flipped)].float()
         elif flipped:
@@ -546,103 +488,97 @@ class Labelled(Dataset):
         return x, int(self.labels[i])
 
 
-def group_classes(names: list[str], K: int | None) -> list[str]:
-    """The names of the K groups of --class-groups, like A-E; None: those of the classes."""
-    K = K or len(names)
-    if K > len(names):
-        raise UserError(f"--class-groups {K}: there are only {len(names)} classes")
-    groups = [[] for _ in range(K)]
-    for k, name in enumerate(names):
-        groups[k * K // len(names)].append(name)
-    return ["-".join(dict.fromkeys([group[0], group[-1]])) for group in groups]
-
-
-def read_data(data: str, size: int, channels: int, groups: int | None) -> tuple[Labelled, str]:
-    """--data -> all its images; a fingerprint, which tells by names whether a later command sees
-    the same classes and files. Raises UserError or FileNotFoundError for an unusable folder."""
-    if data == "letters":
-        labels = [i % 10 for i in range(25_000)]
-        digest = hashlib.sha256(json.dumps([list(LETTERS), labels]).encode())
-        load = partial(draw_letter, size=size, channels=channels)
-        return Labelled(list(LETTERS), labels, range(25_000), load, groups), digest.hexdigest()
-
-    # A folder with a folder for each class.
-    if not Path(data).is_dir():
-        raise UserError(f"--data {data} is neither letters nor a folder")
-    classes, files, labels = image_files(data)
-    digest = hashlib.sha256(json.dumps([classes, labels]).encode())
-    for file in files:
-        digest.update(f"{os.path.relpath(file, data)}\n".encode())
-    load = partial(open_image, size=size, channels=channels)
-    return Labelled(classes, labels, files, load, groups), digest.hexdigest()
-
-
-def split(images: Labelled, held_out: float) -> tuple[Labelled, Labelled]:
-    """All images -> training set and held-out set, the same for any --seed. Raises UserError for a
-    class that has no image left to train on.
-    CHOICE: a tenth of the images, at most 5,000, is held out by default; the paper names none."""
-    order = shuffled_order(len(images))
-    cut = min(round(held_out * len(images)), 5000)
-    training = images.subset(order[cut:])
-    classes = images.original_classes
-    untrained = set(range(len(classes))) - set(training.original_labels.tolist())
-    if untrained:
-        raise UserError(f"class {classes[min(untrained)]} has no training image; lower --held-out")
-    return training, images.subset(order[:cut])
-
-
 def load_data(
     data: str, size: int, channels: int, held_out: float, class_groups: int | None = None
 ) -> tuple[Labelled, Labelled, str]:
-    """-> training images, held-out images, fingerprint: see read_data and split."""
-    images, fingerprint = read_data(data, size, channels, class_groups)
-    return *split(images, held_out), fingerprint
+    """--data -> training images, held-out images, and a fingerprint, which tells by names whether
+    a later command sees the same classes and files. Both sets are in random order, the same for any
+    --seed. Raises UserError or FileNotFoundError for an unusable folder."""
+    if data == "letters":
+        classes = list(LETTERS)
+        members = range(25_000)
+        labels = [i % 10 for i in members]
+        names = ""
+        load = partial(draw_letter, size=size, channels=channels)
+    else:
+        classes, members, labels = image_files(data)
+        names = "".join(f"{os.path.relpath(file, data)}\n" for file in members)
+        load = partial(open_image, size=size, channels=channels)
+    fingerprint = hashlib.sha256((json.dumps([classes, labels]) + names).encode()).hexdigest()
+    order = shuffled_order(len(members)).tolist()
+    labels = [labels[i] for i in order]
+    members = [members[i] for i in order]
+    return *split(classes, labels, members, load, held_out, class_groups), fingerprint
+
+
+def split(
+    classes: list, labels: list, members: Sequence, load: Callable, held_out: float,
+    groups: int | None,
+) -> tuple[Labelled, Labelled]:  # fmt: skip
+    """Members in random order -> training set and held-out set, see Labelled. Raises UserError for
+    a class that has no image left to train on.
+    CHOICE: a tenth of the images, at most 5,000, is held out by default; the paper names none."""
+    cut = min(round(held_out * len(labels)), 5000)
+    untrained = set(range(len(classes))) - set(labels[cut:])
+    if untrained:
+        raise UserError(f"class {classes[min(untrained)]} has no training image; lower --held-out")
+    training = Labelled(classes, labels[cut:], members[cut:], load, groups)
+    return training, Labelled(classes, labels[:cut], members[:cut], load, groups)
 
 
 # ------------------------------------------------------------------------------------- latent cache
 
 
-def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: dict) -> None:
-    """Encodes all images of --data into latents.npy, (n, 2 flips, 2 moments, C, H, W) in fp16: mean
-    and standard deviation of the VAE's posterior, from which each step draws anew. Each rank
-    encodes a contiguous part. The file gets its name when it is complete. Raises UserError.
+open_file = lru_cache(os.open)
+
+
+def read_latents(i: int, file: Path, shape: list[int]) -> Tensor:
+    """The moments of image i and of its mirror image: fp16 (2 flips, 2 moments, C, H, W)."""
+    # pread takes the place as an argument: workers may share the file, and nothing is mapped.
+    size = 2 * math.prod(shape)  # bytes
+    record = os.pread(open_file(file, os.O_RDONLY), size, i * size)
+    return torch.frombuffer(bytearray(record), dtype=torch.float16).view(shape)
+
+
+def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, note: dict) -> None:
+    """Encodes all images of --data into a file of fp16, (n, 2 flips, 2 moments, C, H, W): mean and
+    standard deviation of the VAE's posterior, from which each step draws anew. Each rank encodes a
+    contiguous part. The file gets its name when it is complete. Raises UserError.
     CHOICE: fp16; what it rounds away is far below the deviation."""
     rank, ranks = rank_and_world_size()
-    note = {"made": time.time()} | settings
-    images, note["fingerprint"] = read_data(args.data, args.image_size, args.channels, None)
-    note |= {"classes": images.classes, "labels": images.labels.tolist()}
+    images, _, fingerprint = load_data(args.data, args.image_size, args.channels, held_out=0)
     channels, side = codec.latent_shape(args.channels, args.image_size)
-    n = len(images)
-    record = 2 * 2 * channels * side * side * 2  # bytes of an image
+    shape = (2, 2, channels, side, side)
+    size = 2 * math.prod(shape)  # bytes of an image
+    parts = [len(images) * k // ranks for k in range(ranks + 1)]
 
     # Rank 0 makes the file, in its full size: a disk that is too small is noticed now.
     path = file.with_name(f".dod-{file.name}")  # the name that replacing() gives it
     with replacing(file) if rank == 0 else nullcontext():
         if rank == 0:
-            shape = (n, 2, 2, channels, side, side)
-            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
             with open(path, "wb") as latents:
-                np.lib.format.write_array_header_1_0(latents, header)
-                latents.truncate(latents.tell() + n * record)
                 if hasattr(os, "posix_fallocate"):  # macOS has no such call
-                    os.posix_fallocate(latents.fileno(), 0, os.path.getsize(path))
+                    os.posix_fallocate(latents.fileno(), 0, len(images) * size)
         barrier()
 
-        # This rank's part. Images are mirrored here, so that each file is read only once. Records
-        # are written whole; in a memory map, two nodes would undo each other's part of a page.
-        items = [(i, False) for i in range(rank * n // ranks, (rank + 1) * n // ranks)]
+        # This rank's part. Images are mirrored here, so that each file is read only once. (In a
+        # memory map, two nodes would undo each other's part of a page.)
+        items = [(i, False) for i in range(parts[rank], parts[rank + 1])]
         loader = DataLoader(images, batch_size=64, sampler=items, num_workers=args.workers)
         with open(path, "rb+") as latents:
-            place = os.fstat(latents.fileno()).st_size - (n - rank * n // ranks) * record
+            latents.seek(parts[rank] * size)
             for x, _ in tqdm(loader, "encoding", disable=rank > 0):
                 views = [torch.stack(codec.moments(view), dim=1) for view in (x, x.flip(-1))]
                 moments = torch.stack(views, dim=1)  # (b, 2, 2, C, H, W)
-                place += os.pwrite(latents.fileno(), moments.half().cpu().numpy(), place)
+                latents.write(moments.half().cpu().numpy())
+            latents.flush()
             os.fsync(latents.fileno())
         barrier()
 
         # What else training needs, and what tells one cache from another.
         if rank == 0:
+            note |= {"made": time.ctime(), "shape": shape, "fingerprint": fingerprint}
+            note |= {"classes": images.classes, "labels": images.labels.tolist()}
             file.with_name("about.json").write_text(json.dumps(note))
     barrier()
 
@@ -650,35 +586,29 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: d
 def open_data(args: argparse.Namespace, codec: Codec) -> tuple[Labelled, Labelled, str]:
     """Training set, held-out set and fingerprint, of the images of --data or of their --cache. A
     full cache needs neither the images nor a look at their files. Raises UserError."""
-    shape = (args.image_size, args.channels)
     if not args.cache:
+        shape = (args.image_size, args.channels)
         return load_data(args.data, *shape, args.held_out, args.class_groups)
-    file = Path(args.cache) / "latents.npy"
+    file = Path(args.cache) / "latents.fp16"
     settings = {"data": str(Path(args.data).resolve()), "image_size": args.image_size}
     settings |= {"vae": codec.name, "scale": codec.scale}
     missing = not file.exists()
     barrier()  # all ranks have looked before one of them begins to write
     if missing:
         with locked(file.parent) if rank_and_world_size()[0] == 0 else nullcontext():
-            encode_cache(file, args, codec, settings)
+            encode_cache(file, args, codec, dict(settings))
 
     # Latents of another data set, VAE or size would silently train another model.
-    note = json.loads(file.with_name("about.json").read_text())
+    about = json.loads(file.with_name("about.json").read_text())
     for key, value in settings.items():
-        if note[key] != value:
-            raise UserError(f"--cache {args.cache} was made with {key} {note[key]}, not {value}")
-
-    # A file that is added to a folder, or a folder to --data, changes the folder's time.
-    classes = note["classes"]
-    labels = note["labels"]
-    made = time.ctime(note["made"])
-    print(f"--cache has {len(labels)} images in {len(classes)} classes, encoded {made}")
-    folders = [Path(args.data), *(Path(args.data) / name for name in classes)]
-    if any(folder.stat().st_mtime > note["made"] for folder in folders if folder.exists()):
-        print(f"--data {args.data} has changed since; what was added is not in the cache")
-    load = partial(read_latents, file)
-    images = Labelled(classes, labels, range(len(labels)), load, args.class_groups)
-    return *split(images, args.held_out), note["fingerprint"]
+        if about[key] != value:
+            raise UserError(f"--cache {args.cache} was made with {key} {about[key]}, not {value}")
+    classes = about["classes"]
+    labels = about["labels"]
+    print(f"--cache has {len(labels)} images in {len(classes)} classes, of {about['made']}")
+    load = partial(read_latents, file=file, shape=about["shape"])
+    images = (classes, labels, range(len(labels)), load)
+    return *split(*images, args.held_out, args.class_groups), about["fingerprint"]
 
 
 # -------------------------------------------------------------------------- checkpoints and the log
@@ -703,13 +633,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(f"another run writes into {folder}; wait until it ends") from None
         except (ImportError, OSError):  # on Windows, and on some network file systems
             print(f"{folder} cannot be locked: start no second run that writes to it")
-        try:
-            yield
-        finally:
-            # A run that has failed early leaves nothing behind. (Windows keeps open files.)
-            with suppress(OSError):
-                Path(file.name).unlink()
-                folder.rmdir()  # fails, rightly, unless it is empty
+        yield
 
 
 def save_checkpoint(path: Path, facts: dict, step: int, modules: dict) -> None:
@@ -784,9 +708,8 @@ def held_out_loss(
 
 
 def worth_of_prior(record: dict, args: argparse.Namespace) -> str:
-    """One line: how far a prior lowers the loss. After the start of a run it warns below 1%: a dead
-    LEM gives all images the same prior. A gap that is small but not zero passes without a warning.
-    """
+    """One line: how far a prior lowers the loss. After the start of a run it warns below 1%, of a
+    dead LEM, which gives all images the same prior. A sleepy one, at 20%, passes."""
     gap = record["loss_S"] - record["loss_prior"]
     share = gap / record["loss_S"]
     line = f"step {record['step']}: the prior lowers the loss by {gap:.3f} ({share:.0%})"
@@ -819,13 +742,13 @@ def plot_log(log: Path, out: Path) -> None:
     records = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(7, 4), layout="tight")
     axes = figure.subplots()
-    curves = {"loss": "all images"}
+    names = {"loss": "all images"}
     halves = [[x["step"], x["loss_S"], x["loss_prior"]] for x in records if "loss_S" in x]
     if halves:
         steps, upper, lower = np.transpose(halves)
         axes.fill_between(steps, lower, upper, alpha=0.2, label="what the prior is worth")
-        curves = {"loss_S": "images with the token S", "loss_prior": "images with their prior"}
-    for i, (key, name) in enumerate(curves.items()):
+        names = {"loss_S": "images with the token S", "loss_prior": "images with their prior"}
+    for i, (key, name) in enumerate(names.items()):
         for column, style in ((key, "-"), (f"held_out_{key}", "--.")):
             points = [(x["step"], x[column]) for x in records if column in x]
             label = f"{'training' if style == '-' else 'held out'}, {name}"
@@ -883,7 +806,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # The training itself, sections 3.3 and 4.1.
     add("--steps", type=natural, help="training steps")
     add("--batch-size", type=natural, help="images in a step, of all ranks together")
-    add("--grad-accum", type=natural, default=1, help="micro-batches of a step, one after another")
     add("--lr", type=bounded(float, 0), help="AdamW's constant learning rate")
     factor = "rate of LEM and of the prior's MLP, as a multiple of --lr"
     add("--lem-lr-factor", type=bounded(float, 0), help=factor)
