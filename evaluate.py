@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -414,7 +414,7 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
 
 @dataclass
 class Run:
-    """A model, the n held-out images that its samples are compared with, and the report's rows."""
+    """A model, and the n held-out images that its samples are compared with."""
 
     checkpoint: dict  # what it says of itself, without weights
     model: FiTv2  # or DoD
@@ -426,7 +426,7 @@ class Run:
     network_hash: str | None  # of the classifier's weights
     held_out: Features  # of the held-out images
     training: Features  # of as many training images
-    rows: list[dict] = field(default_factory=list)
+    rows: list[dict]  # of the report
 
 
 def start_run(args: argparse.Namespace, needs_lem: bool) -> Run:
@@ -437,7 +437,7 @@ def start_run(args: argparse.Namespace, needs_lem: bool) -> Run:
     checkpoint, model, codec, data, held_out_data = open_run(args, needs_lem)
     images, labels, _ = take_images(held_out_data, args.num)
     # Training images that the classifier has not learned, if there are 20,000 or more.
-    others, other_labels, _ = take_images(data, len(labels), start=len(data) // 2)
+    others, _, _ = take_images(data, len(labels), start=len(data) // 2)
 
     args.features = args.features or ("classifier" if images.shape[-1] < 64 else "inception")
     network_hash = None
@@ -447,24 +447,12 @@ def start_run(args: argparse.Namespace, needs_lem: bool) -> Run:
         network = inception(args.inception, model.device)
     held_out = measure(images, network, "held-out images")
     training = measure(others, network, "training images")
-    run = Run(
-        checkpoint, model, codec, sampler, images, labels.to(model.device), network, network_hash,
-        held_out, training,
+    rows = [{"what": "training images"} | compare(held_out, training)]
+    labels = labels.to(model.device)
+    return Run(
+        checkpoint, model, codec, sampler, images, labels, network, network_hash, held_out,
+        training, rows,
     )  # fmt: skip
-    add_row(run, {"what": "training images"}, training, other_labels)
-    return run
-
-
-def add_row(run: Run, row: dict, fake: Features, labels: torch.Tensor) -> None:
-    """Adds the row of images with these classes (n,). Choose w by fid_training. recognised is the
-    share that the classifier takes for their class, where the model was told that class."""
-    row |= compare(run.held_out, fake)
-    if "w" in row:
-        training = statistics(run.training.pool)  # mean, covariance
-        row["fid_training"] = frechet_distance(*training, *statistics(fake.pool))
-    if run.network_hash and run.model.config.num_classes == fake.logits.shape[1]:
-        row["recognised"] = (fake.logits.argmax(1) == labels.cpu()).double().mean().item()
-    run.rows.append(row)
 
 
 def draw_stage(
@@ -472,9 +460,9 @@ def draw_stage(
     prior: torch.Tensor | None = None, gflops: float = 0.0,
 ) -> tuple[dict, torch.Tensor, torch.Tensor, Features]:  # fmt: skip
     """Draws samples of the run's classes in stage 0, 1, ... and adds their row -> row, images,
-    latents, features. Column evaluations counts those of v; a guided one runs the network twice.
-    gflops, Table 4's unit: 10^9 multiply-accumulates of linear layers, with the `gflops` that the
-    prior took."""
+    latents, features. Choose w by the column fid_training. Column evaluations counts those of v; a
+    guided one runs the network twice. gflops, Table 4's unit: 10^9 multiply-accumulates of linear
+    layers, with the `gflops` that the prior took."""
     sampler = replace(run.sampler, first_stage=stage)  # the noise depends on it
     settings = (sampler, 0, prior, args.batch_size)
     (z0,), (nfe,) = generate(run.model, run.labels, 1, [w], *settings)
@@ -485,9 +473,13 @@ def draw_stage(
     counts = (0, evaluations) if prior is None else (evaluations, 0)
     macs = stage_macs(count_macs(run.model.config), counts[0], counts[1] + unconditional)
     row["gflops"] = gflops + macs / 1e9
+
     images = run.codec.decode(z0).cpu()
     fake = measure(images, run.network, what)
-    add_row(run, row, fake, run.labels)
+    row |= compare(run.held_out, fake)
+    training = statistics(run.training.pool)  # mean, covariance
+    row["fid_training"] = frechet_distance(*training, *statistics(fake.pool))
+    run.rows.append(row)
     return row, images, z0, fake
 
 
