@@ -4,7 +4,7 @@
 # It trains 63 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits, except for --prior-from: those had no
-# MLP. Lines that begin with a commit need its --interval, which has been removed since.
+# MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
 set -eu
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
@@ -290,8 +290,8 @@ report groups10-same0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1,1.5,2,3
 # at 64e919d: report interval-0.25-1-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1.5,2,3,4 --cfg-stage1 none --interval 0.25,1
 # at 64e919d: report interval-0.5-1-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1.5,2,3,4 --cfg-stage1 none --interval 0.5,1
 # at 64e919d: report interval-0.75-1-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1.5,2,3,4 --cfg-stage1 none --interval 0.75,1
-report prior-lem0-2500-wide K10-same-seed0 2500 stages --stages 2 --cfg 8,11 --cfg-stage1 none --guide-on prior
-report prior-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1.5,2,3,4,6 --cfg-stage1 none --guide-on prior
+# at 64e919d: report prior-lem0-2500-wide K10-same-seed0 2500 stages --stages 2 --cfg 8,11 --cfg-stage1 none --guide-on prior
+# at 64e919d: report prior-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1.5,2,3,4,6 --cfg-stage1 none --guide-on prior
 report probe-lem0-10000 K10-same-seed0 10000 probe
 report reconstruct-lem0-10000 K10-same-seed0 10000 reconstruct --cfg 1,1.5,2
 report reconstruct-lem0-20000 K10-same-seed0 20000 reconstruct --cfg 1,1.5,2
@@ -311,8 +311,8 @@ report groups10-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1,1.5,2,2.
 # at 64e919d: report interval-0.25-1-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5,2,3,4 --cfg-stage1 none --interval 0.25,1
 # at 64e919d: report interval-0.5-1-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5,2,3,4 --cfg-stage1 none --interval 0.5,1
 # at 64e919d: report interval-0.75-1-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5,2,3,4 --cfg-stage1 none --interval 0.75,1
-report prior-lem1-2500-wide K10-same-seed1 2500 stages --stages 2 --cfg 8,11 --cfg-stage1 none --guide-on prior
-report prior-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5,2,3,4,6 --cfg-stage1 none --guide-on prior
+# at 64e919d: report prior-lem1-2500-wide K10-same-seed1 2500 stages --stages 2 --cfg 8,11 --cfg-stage1 none --guide-on prior
+# at 64e919d: report prior-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5,2,3,4,6 --cfg-stage1 none --guide-on prior
 report probe-lem1-10000 K10-same-seed1 10000 probe
 report reconstruct-lem1-10000 K10-same-seed1 10000 reconstruct --cfg 1,1.5,2
 report stages3-lem1-2500 K10-same-seed1 2500 stages --cfg 1.5,2,2.5 --cfg-stage1 1.5,2,2.5,3,4
@@ -329,8 +329,8 @@ report groups10-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1,1.5,2,2.
 # at 64e919d: report interval-0.25-1-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5,2,3,4 --cfg-stage1 none --interval 0.25,1
 # at 64e919d: report interval-0.5-1-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5,2,3,4 --cfg-stage1 none --interval 0.5,1
 # at 64e919d: report interval-0.75-1-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5,2,3,4 --cfg-stage1 none --interval 0.75,1
-report prior-lem2-2500-wide K10-same-seed2 2500 stages --stages 2 --cfg 8,11 --cfg-stage1 none --guide-on prior
-report prior-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5,2,3,4,6 --cfg-stage1 none --guide-on prior
+# at 64e919d: report prior-lem2-2500-wide K10-same-seed2 2500 stages --stages 2 --cfg 8,11 --cfg-stage1 none --guide-on prior
+# at 64e919d: report prior-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5,2,3,4,6 --cfg-stage1 none --guide-on prior
 report stages3-lem2-2500 K10-same-seed2 2500 stages --cfg 1.5,2,2.5 --cfg-stage1 1.5,2,2.5,3,4
 report steps40-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1 --cfg-stage1 none --steps 40
 report steps60-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1 --cfg-stage1 none --steps 60
