@@ -635,7 +635,7 @@ def curves(args: argparse.Namespace) -> None:
             if key != args.over and any(other[key] != found[key] for other in alike):
                 setting += f"; {key} {found[key]}"
         for row in found["rows"][1:]:  # after the training images
-            name = row["what"]
+            name = row["what"] if found["N"] else "FiTv2"  # old reports say stage 1 here
             if args.over != "w":
                 name += ", unguided" if row["w"] == 1 else ", guided"
             point = (name + setting, (found | row)[args.over])
