@@ -164,8 +164,8 @@ def main() -> None:
 
     # The classes, and the guidance of each stage: section 3.3 leaves stage 1 unguided.
     names = checkpoint["classes"]  # with --class-groups, the groups' names
-    some = range(len(names) if args.npz else min(10, len(names)))
-    args.classes = parse_classes(args.classes, names) if args.classes else [*some]
+    default = range(len(names) if args.npz else min(10, len(names)))
+    args.classes = parse_classes(args.classes, names) if args.classes else [*default]
     stages = args.stages or (2 if model.config.N else 1)
     if args.cfg and stages == 1:
         raise UserError("--cfg is for stages with a prior; --cfg-stage1 guides stage 1")
