@@ -5,8 +5,6 @@ modules. Tests are named after what the paper says.
 """
 
 import copy
-import errno
-import hashlib
 import json
 import math
 import multiprocessing
@@ -34,9 +32,9 @@ from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -56,22 +54,23 @@ TINY = Config(
 # Threads do not help small models, and disturb each other on a busy machine.
 torch.set_num_threads(1)  # in this process
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
-NONE = torch.tensor([], dtype=torch.long)  # `with_prior` if no image of the batch keeps its prior
 HALF = torch.tensor([0, 3, 4])  # `with_prior` if three images of batch() keep theirs
+TRAINING, HELD_OUT, _ = train.load_data("letters", 16, 1, 0.1)
+PIXELS = sample.Codec()  # without a VAE: the latent is the image itself
 
 
-def awake(config: Config = TINY, seed: int = 0) -> DoD:
+def awake(config: Config = TINY) -> DoD:
     """A DoD whose zero-initialised layers are not zero, so that every input matters."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     dod = build_model(config)
     for p in dod.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return dod.eval()
 
 
-def batch(n: int = 6, config: Config = TINY, seed: int = 0):
+def batch(n: int = 6, config: Config = TINY):
     """-> data x0 and noise x1 (n, C, H, W), classes y (n,), times t (n,)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     shape = (n, config.latent_channels, config.latent_size, config.latent_size)
     x0 = torch.randn(shape, generator=generator)
     x1 = torch.randn(shape, generator=generator)
@@ -101,7 +100,9 @@ def test_eq1_the_path_joins_data_and_noise_at_constant_velocity():
     assert close(4 * moved, x1 - x0)
 
 
-@pytest.mark.parametrize("with_prior", [NONE, HALF, torch.arange(6)], ids=["none", "half", "all"])
+@pytest.mark.parametrize(
+    "with_prior", [HALF[:0], HALF, torch.arange(6)], ids=["none", "half", "all"]
+)
 def test_eq3_each_image_sees_its_own_prior_or_the_sample_token(with_prior):
     dod = awake()
     x0, x1, y, t = batch()
@@ -133,6 +134,11 @@ def test_eq3_under_autocast_the_residual_stream_and_the_loss_stay_fp32():
     assert [*streams, loss.dtype] == [torch.float32] * 5
     assert close(loss, flow.rectified_flow_loss(dod, x0, y, x1, t, HALF), 0.05)
 
+    # AdaLN adds 1 to a scale that bf16 would round away.
+    scale = torch.tensor(0.0035, dtype=torch.bfloat16)
+    x = torch.randn(3, 9)
+    assert close(model.adaln(x, 0 * scale, scale), model.layer_norm(x) * 1.0035)
+
 
 def test_eq11_times_are_logit_normal():
     t = flow.logit_normal(200_000, torch.Generator().manual_seed(0)).double()
@@ -147,22 +153,6 @@ def test_section_3_3_exactly_p_s_of_a_batch_and_of_each_share_lose_their_prior(p
         assert (kept.dtype, len(kept), kept.sum()) == (torch.bool, n, n - round(p_s * n))
         share = kept[n // 3 : n // 2]
         assert abs(share.sum() - (1 - p_s) * len(share)) <= 1
-
-
-def oscillator(x, t, rows):
-    """dx/dt = A x + sin(5 t): smooth, and stiffer in some images (rows) than in others."""
-    A = torch.tensor([[0.0, 3.0], [-3.0, -0.5]], dtype=x.dtype)
-    return (x @ A.T + torch.sin(5 * t)[:, None]) * (1 + rows[:, None] / 4)
-
-
-def jolt(x, t, rows):
-    """Stands still down to t = 0.5, then decays fast: steps are rejected."""
-    return 60 * x * torch.sigmoid(300 * (0.5 - t))[:, None]
-
-
-def crawl(x, t, rows):
-    """So slow that a first step could leave [0, 1], and not finite below t = 0."""
-    return x * t.sqrt()[:, None] / 1000
 
 
 def test_eq2_and_eq4_euler_is_exact_on_straight_paths_and_counts_its_evaluations():
@@ -181,12 +171,22 @@ def test_eq2_and_eq4_euler_is_exact_on_straight_paths_and_counts_its_evaluations
 
     # Each step starts where the last one ended: of dx/dt = x, it takes a tenth of what is left.
     assert close(flow.euler(lambda x, t, rows: x, x1, 10)[0], x1 * 0.9**10)
-    for wrong in (partial(flow.euler, straight, x1, 0), partial(flow.guide, x0, x1, 0.99)):
-        with pytest.raises(ValueError, match="at least 1"):
-            wrong()
 
 
 def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
+    def oscillator(x, t, rows):
+        """dx/dt = A x + sin(5 t): smooth, and stiffer in some images (rows) than in others."""
+        A = torch.tensor([[0.0, 3.0], [-3.0, -0.5]], dtype=x.dtype)
+        return (x @ A.T + torch.sin(5 * t)[:, None]) * (1 + rows[:, None] / 4)
+
+    def jolt(x, t, rows):
+        """Stands still down to t = 0.5, then decays fast: steps are rejected."""
+        return 60 * x * torch.sigmoid(300 * (0.5 - t))[:, None]
+
+    def crawl(x, t, rows):
+        """So slow that a first step could leave [0, 1], and not finite below t = 0."""
+        return x * t.sqrt()[:, None] / 1000
+
     x1 = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x1[3] = 0  # takes another branch of Hairer's first step
     noise = x1.clone()
@@ -208,16 +208,12 @@ def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
             assert close(x0[i], scipy.y[:, -1], 1e-7)
 
 
-def test_eq4_rk45_stops_when_the_velocity_is_not_finite_or_the_step_vanishes():
+def test_eq4_rk45_stops_when_the_velocity_is_not_finite():
     # Infinite at late times, at all but the first evaluation, or at every one.
     x1 = torch.ones(2, 3, dtype=torch.float64)
     for limit in (0.5, 1, 2):
         with pytest.raises(FloatingPointError, match="velocity is not finite near t = [01]"):
             flow.dopri5(lambda x, t, rows, s=limit: x.where(t[:, None] >= s, torch.inf), x1)
-
-    # No step is short enough where the square of the velocity overflows.
-    with pytest.raises(FloatingPointError, match="step is too small at t = 1"):
-        flow.dopri5(lambda x, t, rows: torch.full_like(x, 1e200), x1)
 
 
 # ---------------------------------- Eqs. 5-10, Tables 1 and 4: the visual prior and the backbone
@@ -250,9 +246,10 @@ def test_eq5_first_stage_uses_the_sample_token_and_later_ones_a_prior_for_each_t
     plain.load_state_dict(dod.state_dict(), strict=False)
     dod.S.data.zero_()
     assert torch.equal(plain(x_t, t, y), dod(x_t, t, y))
+    assert build_model(replace(TINY, num_classes=1)).null_class == 0  # with one, none is dropped
 
 
-def test_eq6_the_encoder_is_the_written_out_formula_with_vit_blocks():
+def test_eq6_and_eq7_lem_is_the_written_out_formula_with_vit_blocks():
     dod = awake(replace(TINY, heads=4, encoder_depth=3, decoder_depth=2))
     assert (len(dod.lem.encoder), len(dod.lem.decoder)) == (3, 2)
     assert [block.heads for block in (*dod.lem.encoder, *dod.lem.decoder)] == [2] * 5
@@ -264,6 +261,12 @@ def test_eq6_the_encoder_is_the_written_out_formula_with_vit_blocks():
     x = dod.lem.encoder(torch.cat([e_p + lem.sincos_2d(16, 4, 4), L], dim=1))
     l_hat = dod.lem.to_d_e(dod.lem.encoder_norm(x))[:, 16:]
     assert close(dod.lem.encode(x0), l_hat)
+
+    # e_s = Dec((M + PE) ⊕ L_hat), of which the patches are kept.
+    M = dod.lem.mask_token.expand(6, 16, -1)
+    x = torch.cat([M + lem.sincos_2d(8, 4, 4), l_hat], dim=1)
+    x = dod.lem.decoder(dod.lem.from_d_e(x))
+    assert close(dod.lem(x0), dod.lem.head(dod.lem.decoder_norm(x))[:, :16])
 
     # The blocks are ViT's: PyTorch's pre-norm block is given our weights, in its own order.
     ours = dod.lem.encoder[0]
@@ -281,17 +284,6 @@ def test_eq6_the_encoder_is_the_written_out_formula_with_vit_blocks():
         assert close(pe, torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]))
 
 
-def test_eq7_the_decoder_is_the_written_out_formula():
-    # e_s = Dec((M + PE) ⊕ L_hat), of which the patches are kept.
-    dod = awake()
-    l_hat = dod.lem.encode(batch()[0])
-    M = dod.lem.mask_token.expand(6, 16, -1)
-    x = torch.cat([M + lem.sincos_2d(8, 4, 4), l_hat], dim=1)
-    x = dod.lem.decoder(dod.lem.from_d_e(x))
-    e_l = dod.lem.head(dod.lem.decoder_norm(x))[:, :16]
-    assert close(dod.lem(batch()[0]), e_l)
-
-
 def test_eq8_swiglu_is_the_written_out_formula():
     ffn = model.SwiGLU(12)
     x = torch.randn(5, 12)
@@ -299,6 +291,7 @@ def test_eq8_swiglu_is_the_written_out_formula():
     value = x @ ffn.W_2.weight.T + ffn.W_2.bias
     expected = (gate * gate.sigmoid() * value) @ ffn.W_3.weight.T + ffn.W_3.bias
     assert close(ffn(x), expected)
+    assert len(model.SwiGLU(10).W_1.weight) == 26  # of 8/3 d = 26.7
 
 
 def test_eq9_attention_is_the_written_out_formula_with_2_d_rope():
@@ -342,8 +335,7 @@ def test_a_new_model_says_v_0_and_has_no_modulation_yet():
     torch.manual_seed(0)
     dod = build_model(replace(TINY, d=512, N=64, d_e=512, num_classes=500))
 
-    # Modulations and the last layer are zero, the other linear layers Xavier-uniform, biases zero;
-    # the class table, S, L and M come from N(0, 0.02).
+    # Modulations, last layer and biases are zero, other linear layers Xavier, tables N(0, 0.02).
     zero = {dod.W_g, dod.final.adaln, dod.final.linear, *(block.W_2 for block in dod.blocks)}
     for layer in dod.modules():
         if isinstance(layer, torch.nn.Linear):
@@ -356,7 +348,6 @@ def test_a_new_model_says_v_0_and_has_no_modulation_yet():
 
 def test_table1_parameters_heads_and_guidance_scales():
     # In millions: the backbone's and LEM's. The paper rounds them to 27 + 21, 105 + 86 and so on.
-    # The last two are our own, in miniature: FiTv2-Ti is a layer deeper than DoD-Ti's backbone.
     names = "DoD-S DoD-B DoD-XL FiTv2-B FiTv2-XL DoD-Ti FiTv2-Ti"
     configs = [CONFIGS[name] for name in names.split()]
     counts = torch.tensor([model.count_parameters(config) for config in configs]).T / 1e6
@@ -366,7 +357,7 @@ def test_table1_parameters_heads_and_guidance_scales():
 
     # Heads are not seen in these numbers, nor are defaults and section 4.2's guidance scales.
     assert [config.heads for config in configs] == [6, 12, 16, 12, 16, 4, 4]
-    assert [config.lem_heads for config in configs[:3]] == [6, 12, 12]
+    assert [config.lem_heads for config in (*configs[:3], configs[5])] == [6, 12, 12, 4]
     assert [config.w for config in configs[:3]] == [5.5, 5.5, 3.5]
     assert CONFIGS["DoD-B"] == Config()
 
@@ -399,24 +390,15 @@ def test_table4_compute_and_what_a_stage_really_runs(capsys):
     assert loss(HALF) == 3 * (macs["lem"] + macs["prior_mlp"]) + 6 * macs["e_s"]
 
 
-def test_patches_go_back_to_their_places_and_three_sizes_are_refused():
+def test_section_1_patches_pass_everything_on_and_means_a_mean():
     # Patches are cut row by row, pixels before channels, and put back in their places.
     x = torch.randn(2, 3, 4, 6)
     assert torch.equal(lem.patchify(x, 2)[:, 5], x[:, :, 2:, 4:].permute(0, 2, 3, 1).flatten(1))
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(lem.unpatchify(lem.patchify(x, 2), 2), x)
-
-    # Each of 36's two heads has 18 channels; RoPE needs fours, and so does PE.
-    for wrong in ({"latent_size": 9}, {"d": 36}, {"d_e": 6}):
-        with pytest.raises(UserError, match="multiple"):
-            replace(TINY, **wrong)
-    assert build_model(replace(TINY, num_classes=1)).null_class == 0  # with one, none is dropped
-
-
-def test_section_1_patches_pass_everything_on_and_means_a_mean():
-    # What LEM would return is a linear function of a token's own patch, or of its pixels' mean.
     x0, _, _, _ = batch()
     patches = lem.patchify(x0, 2)
+    assert torch.equal(lem.unpatchify(patches, 2), x0)
+
+    # What LEM would return is a linear function of a token's own patch, or of its pixels' mean.
     means = patches.unflatten(-1, (4, 3)).mean(2)
     for prior_from, passed in (("patches", patches), ("means", means)):
         dod = awake(replace(TINY, prior_from=prior_from))
@@ -425,14 +407,14 @@ def test_section_1_patches_pass_everything_on_and_means_a_mean():
 
 
 def test_the_demonstrations_run(tmp_path, monkeypatch, capsys):
-    # DoD-B: a step is 3 passes of 2 (38.6 + 2.0) GFLOP; 190.67 M parameters take 20 bytes each.
-    lem.main()
-    model.print_table_1()
-    assert re.search(r"85.71 M(.|\n)*DoD-B .* 243.4 +62.3 +3.81\n", capsys.readouterr().out)
-
     monkeypatch.chdir(tmp_path)
     flow.main()
-    assert Path("out/flow.png").exists()
+    lem.main()
+
+    # DoD-B: a step is 3 passes of 2 (38.6 + 2.0) GFLOP; 190.67 M parameters take 20 bytes each.
+    monkeypatch.setattr(model, "CONFIGS", {"DoD-B": CONFIGS["DoD-B"]})
+    model.print_table_1()
+    assert re.search(r"85.71 M(.|\n)*DoD-B .* 243.4 +62.3 +3.81\n", capsys.readouterr().out)
 
 
 # A run of six steps on letters of 8 x 8 pixels.
@@ -486,14 +468,29 @@ def trained(tmp_path_factory) -> Path:
     return out
 
 
+def awaken(path: Path, out: Path, **changes) -> Path:
+    """Writes a checkpoint again, with a changed config and weights that let all inputs matter."""
+    saved = sample.load_checkpoint(path)
+    config = Config(**saved["config"] | changes)
+    saved |= {"config": asdict(config), "ema": awake(config).state_dict()}
+    torch.save(saved, out)
+    return out
+
+
 @pytest.fixture(scope="session")
 def ckpt(trained) -> Path:
-    """Its checkpoint with other weights: six steps teach a model little, here all inputs matter."""
-    found = sample.load_checkpoint(trained / "ckpt.pt")
-    found["config"]["w"] = 3.0  # not the scale of the presets
-    found["ema"] = awake(Config(**found["config"])).state_dict()
-    torch.save(found, trained.with_name("awake.pt"))
-    return trained.with_name("awake.pt")
+    """Its checkpoint with other weights, for six steps teach little, and a scale of its own."""
+    return awaken(trained / "ckpt.pt", trained.with_name("awake.pt"), w=3.0)
+
+
+@pytest.fixture(scope="session")
+def colours(vae, tmp_path_factory) -> Path:
+    """A folder with a finished run on colour images, their `data` and their latents' `cache`."""
+    home = tmp_path_factory.mktemp("colours")
+    flags = ["--data", folder(home / "data", 16), "--vae", vae, "--cache", home / "cache"]
+    flags += ["--image-size", 16, "--held-out", 0.3, "--steps", 1, "--out", home / "run"]
+    assert run(train, *QUICK, *flags) == 0
+    return home
 
 
 def before_step(monkeypatch, f) -> None:
@@ -503,6 +500,7 @@ def before_step(monkeypatch, f) -> None:
     def watched(network, ema, optimizer, batch, with_prior, step, *rest):
         lr = [group["lr"] for group in optimizer.param_groups]
         given = Namespace(network=network, batch=list(batch), rows=with_prior, lr=lr, rest=rest)
+        given.weights = parameters_to_vector(network.parameters())  # a copy
         f(step, given)
         return training_step(network, ema, optimizer, given.batch, with_prior, step, *rest)
 
@@ -519,26 +517,10 @@ def folder(path: Path, side: int = 8) -> Path:
     return path
 
 
-def flat(dod: DoD, what: str = "data") -> torch.Tensor:
-    """All weights of a model, or all gradients (what = "grad"), in one vector."""
-    return torch.cat([getattr(p, what).detach().flatten() for p in dod.parameters()])
-
-
 def records_of(out: Path, *keys: str) -> list[list]:
     """Some columns of a run's log."""
     lines = (out / "log.jsonl").read_text().splitlines()
     return [[json.loads(line).get(key) for key in keys] for line in lines]
-
-
-def ended_alike(one: Path, other: Path) -> bool:
-    """Whether two runs ended alike, bit for bit: weights, EMA, AdamW's moments and the log."""
-    ends = []
-    for out in (one, other):
-        with zipfile.ZipFile(out / "ckpt.pt") as file:
-            end = [file.read(name) for name in sorted(file.namelist()) if "/data/" in name]
-        keys = ("step", "loss", "loss_S", "grad_norm", "lr", "held_out_loss")
-        ends.append(end + records_of(out, *keys))
-    return ends[0] == ends[1]
 
 
 def test_section_4_1_one_batch_can_be_learned_by_heart():
@@ -547,13 +529,14 @@ def test_section_4_1_one_batch_can_be_learned_by_heart():
     dod = build_model(TINY)
     ema = copy.deepcopy(dod).requires_grad_(False)
     x0, x1, y, t = batch(8)
-    step = partial(train.training_step, dod, ema, with_prior=torch.tensor([0, 3, 4]))
+    step = partial(train.training_step, dod, ema, with_prior=HALF)
     still = torch.optim.AdamW(dod.parameters(), 0.0, weight_decay=0)
     loss, halves, norm = step(still, (100 * x0, 100 * x1, t, y), step=1)
     losses = 1e4 * (x1 - x0).square().flatten(1).mean(1)
-    kept = losses[[0, 3, 4]].sum()
+    kept = losses[HALF].sum()
     assert close(loss, losses.mean()) and close(halves, torch.stack([kept, losses.sum() - kept]))
-    assert norm > 10 and close(flat(dod, "grad").norm(), 1.0, 1e-3)
+    gradient = parameters_to_vector(p.grad for p in dod.parameters())
+    assert norm > 10 and close(gradient.norm(), 1.0, 1e-3)
     assert step(still, (100 * x0, 100 * x1, t, y), step=2)[2] == norm
 
     # A hundred and fifty steps on the same images, noises and times.
@@ -562,35 +545,17 @@ def test_section_4_1_one_batch_can_be_learned_by_heart():
         loss, _, _ = step(optimizer, (x0, x1, t, y), step=n)
     assert loss < (x1 - x0).square().mean() / 10
 
+    # In bf16 the loss is nearly that in fp32, and not the same.
+    loss, _, _ = step(still, (x0, x1, t, y), step=151)
+    rounded, _, _ = step(still, (x0, x1, t, y), step=151, bf16=True)
+    assert 0 < abs(rounded - loss) < 0.05
+
     # Each step ends with the EMA's, whose decay is (1 + n) / (10 + n) early on.
     for n, decay, effective in ((5, 0.999, 6 / 15), (10**6, 0.3, 0.3)):
-        before = flat(ema)
+        before = parameters_to_vector(ema.parameters())
         step(optimizer, (x0, x1, t, y), step=n, ema_decay=decay)
-        assert close(flat(ema), effective * before + (1 - effective) * flat(dod), 1e-6)
-
-
-def test_gradients_are_equal_on_ranks_and_near_in_bf16(monkeypatch):
-    # Each case is the same model and batch; only the way to the gradient and the halves differs.
-    x0, x1, y, t = batch(8)
-    gradients = []
-    both = []
-    for ranks, bf16 in ((1, False), (2, False), (1, True)):
-        monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        gradients.append(0)
-        both.append(0)
-        for rank in range(ranks):
-            monkeypatch.setenv("RANK", str(rank))
-            share, with_prior = train.divide_batch(8, 0.25, True)
-            dod = awake().train()
-            optimizer = torch.optim.AdamW(dod.parameters(), 0.0, weight_decay=0)
-            mine = [part[share] for part in (x0, x1, t, y)]
-            given = (dod, awake(), optimizer, mine, with_prior, 1, bf16)
-            _, halves, norm = train.training_step(*given)
-            both[-1] += halves
-            gradients[-1] += flat(dod, "grad") * max(norm, 1) / ranks  # as before the clip
-    errors = [(other - gradients[0]).norm() / gradients[0].norm() for other in gradients]
-    assert errors[1] < 1e-5 and 1e-4 < errors[2] < 0.05
-    assert close(both[0], both[1]) and close(both[0], both[2], 0.05)
+        expected = before.lerp(parameters_to_vector(dod.parameters()), 1 - effective)
+        assert close(parameters_to_vector(ema.parameters()), expected, 1e-6)
 
 
 def test_noise_times_and_dropped_classes_are_a_function_of_seed_and_step():
@@ -610,10 +575,9 @@ def test_noise_times_and_dropped_classes_are_a_function_of_seed_and_step():
 
 
 def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeypatch, tmp_path):
-    # A run over more than three epochs of 15 images, with all flags that concern a step. Five are
-    # held out.
+    # A run over more than three epochs of 15 images, with all flags that concern a step.
     steps = []
-    before_step(monkeypatch, lambda step, given: steps.append((given, flat(given.network))))
+    before_step(monkeypatch, lambda step, given: steps.append(given))
     data = folder(tmp_path / "data")
     flags = [*QUICK, "--data", data, "--held-out", 0.25, "--seed", 4, "--class-groups", 2]
     flags += ["--p-s", 0.25, "--lr", 0.01, "--lem-lr-factor", 0.5, "--warmup", 2]
@@ -639,7 +603,7 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
 
     orders = [np.random.default_rng((4, 1, epoch)).permutation(15) for epoch in range(4)]
     kept = flow.keeps_prior(8, 0.25).nonzero().squeeze(1)
-    for step, (given, _) in enumerate(steps, 1):
+    for step, given in enumerate(steps, 1):
         numbers = np.concatenate(orders)[8 * step - 8 : 8 * step]
         x0, y = read(images, numbers, np.random.default_rng((4, 0, step)).random(8) < 0.5)
         config = given.network.config
@@ -650,16 +614,15 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
         assert torch.equal(given.rows, kept) and given.rest == (True, 0.5)
 
     # The rates warm up, LEM's and its MLP's at half of the other; the seed gives the first weights.
-    assert [given.lr for given, _ in steps] == [[0.005, 0.0025], *[[0.01, 0.005]] * 5]
+    assert [given.lr for given in steps] == [[0.005, 0.0025], *[[0.01, 0.005]] * 5]
     torch.manual_seed(4)
-    assert torch.equal(steps[0][1], flat(build_model(config)))
+    first = parameters_to_vector(build_model(config).parameters())
+    assert torch.equal(steps[0].weights, first)
 
-    # The held-out loss is that of the EMA weights, in fp32, with the noise of step 0, no class
-    # dropped, in two halves.
+    # The held-out loss has two halves: EMA weights, fp32, the noise of step 0, no class dropped.
     saved = sample.load_checkpoint(tmp_path / "out/ckpt.pt")
-    groups = saved["optimizer"]["param_groups"]
     own = [n for n, _ in given.network.named_parameters() if n.startswith(("lem", "prior_mlp"))]
-    assert len(groups[1]["params"]) == len(own)
+    assert len(saved["optimizer"]["param_groups"][1]["params"]) == len(own)
     x0, y = read(held_out, range(5), [False] * 5)
     x1, _, t, _ = train.draw_noise(4, 0, 5, config, torch.Generator())
     kept = flow.keeps_prior(5, 0.25)
@@ -670,16 +633,14 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     keys = ("held_out_loss", "held_out_loss_prior", "held_out_loss_S")
     assert records_of(tmp_path / "out", *keys)[-1] == pytest.approx(torch.stack(expected).tolist())
 
-    # In training, six images of a batch have their prior and two have S. The interval had a step.
-    keys = ("loss", "loss_prior", "loss_S", "lr", "images_per_s", "seconds", "waiting_for_data")
-    *found, lr, speed, seconds, waiting = records_of(tmp_path / "out", *keys)[1]
-    assert 8 * found[0] == pytest.approx(6 * found[1] + 2 * found[2]) and lr == 0.01
-    assert speed * seconds == pytest.approx(8) and 0 < waiting < 1
+    # In training, six images of a batch have their prior and two have S.
+    loss, with_prior, with_S = records_of(tmp_path / "out", "loss", "loss_prior", "loss_S")[1]
+    assert 8 * loss == pytest.approx(6 * with_prior + 2 * with_S)
 
 
-def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, monkeypatch, capfd):
+def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, monkeypatch):
     # SIGTERM arrives in step 3, which is finished and saved. No second run may write there.
-    flags = [*QUICK, "--steps", "12", "--save-every", "1", "--out"]
+    flags = [*QUICK, "--steps", "8", "--save-every", "1", "--out"]
     assert run(train, *flags, tmp_path / "whole") == 0
     out = tmp_path / "killed"
     flags += [str(out), "--resume"]
@@ -692,20 +653,18 @@ def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, 
 
     before_step(monkeypatch, disturb)
     assert run(train, *flags) == 130
-    assert "stopped after step 3; the same command with --resume" in capfd.readouterr().out
+    assert sample.load_checkpoint(out / "ckpt.pt")["step"] == 3
 
     # A kill or a full disk may have left the log ahead of the checkpoint, and damaged lines.
     log = out / "log.jsonl"
     with open(log, "a") as file:
         file.write('{"step": 5, "loss": 9}\n\0\0{"st\n3\n{"step": 3')
 
-    # The processes to be killed come from a server that has imported train.py already.
-    server = multiprocessing.get_context("forkserver")  # its children start at once
+    # Processes, from a server that has imported train.py, are killed after training has begun.
+    server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["train"])
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-
-    # Each is killed some time after it has written its log anew, which is when training begins.
-    for delay in (0, *np.random.default_rng().uniform(0, 0.5, 3)):
+    for delay in np.random.default_rng().uniform(0, 0.4, 2):
         before = log.stat().st_mtime_ns
         process = server.Process(target=train.main)
         process.start()
@@ -716,8 +675,15 @@ def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, 
         process.join()
         sample.load_checkpoint(out / "ckpt.pt")  # it is whole, always
     assert run(train, *flags) == 0
-    assert ended_alike(out, tmp_path / "whole")
     assert [file.name for file in out.glob(".*")] == [".dod-lock"]
+
+    # Both runs ended alike, bit for bit: weights, EMA, AdamW's moments and the log.
+    ends = []
+    for one in (out, tmp_path / "whole"):
+        with zipfile.ZipFile(one / "ckpt.pt") as file:
+            end = [file.read(name) for name in sorted(file.namelist()) if "/data/" in name]
+        ends.append(end + records_of(one, "step", "loss", "loss_S", "grad_norm", "held_out_loss"))
+    assert ends[0] == ends[1]
 
 
 def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path):
@@ -726,11 +692,10 @@ def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path)
     flags = [*QUICK, "--data", data, "--vae", vae, "--image-size", 16, "--p-s", 0.25]
     flags += ["--log-every", 1, "--save-every", 10**6]
     two = tmp_path / "two"
+    log = two / "log.jsonl"
     more = ["--cache", tmp_path / "cache 2", "--steps", 10**6, "--out", two]
     with torchrun(train, *flags, *more) as process:
-        while process.poll() is None and not any(two.glob("log.jsonl")):
-            time.sleep(0.05)
-        while process.poll() is None and not (two / "log.jsonl").read_text():
+        while process.poll() is None and not (log.exists() and log.read_text()):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=60)
@@ -757,14 +722,7 @@ def test_nothing_bad_takes_the_place_of_a_checkpoint(monkeypatch, tmp_path, capf
     before_step(monkeypatch, poison)
     assert run(train, *QUICK, "--out", tmp_path) == 2
     assert "the loss of step 5 (or its gradient) is not finite" in capfd.readouterr().err
-    ckpt = tmp_path / "ckpt.pt"
-    assert sample.load_checkpoint(ckpt)["step"] == 3
-
-    # torch.save fails half-way: the old file stays, and no temporary one.
-    good = ckpt.read_bytes()
-    with pytest.raises(Exception, match="pickle"):
-        train.save_checkpoint(ckpt, {"classes": lambda: "not data"}, 6, {})
-    assert ckpt.read_bytes() == good and len(list(tmp_path.glob("*.*"))) == 3  # log, lock
+    assert sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -772,36 +730,42 @@ def test_what_is_finished_is_saved_before_an_error_ends_a_run(workers, tmp_path,
     # The first image of step 2 is unreadable; step 1 is saved.
     data = folder(tmp_path / "data")
     flags = [*QUICK, "--data", data, "--held-out", 0.25, "--workers", workers, "--out"]
-    images, held_out, _ = train.load_data(str(data), 8, 3, 0.25)
+    images, _, _ = train.load_data(str(data), 8, 3, 0.25)
     file = Path(images.members[np.random.default_rng((0, 1, 0)).permutation(15)[8]])
-    good = file.read_bytes()
     file.write_text("no image")
     assert run(train, *flags, tmp_path / "a") == 2
     assert f"{file} is not a readable image" in capfd.readouterr().err
     assert sample.load_checkpoint(tmp_path / "a/ckpt.pt")["step"] == 1
     assert not multiprocessing.active_children()
 
-    # It is mended, and the run goes on; an error in the held-out loss comes after step 3 is saved.
-    file.write_bytes(good)
+    # It is removed, and the run goes on; an error in the held-out loss comes after step 3 is saved.
+    file.unlink()
     with patch.object(train, "held_out_loss", Mock(side_effect=UserError("odd"))):
         assert run(train, *flags, tmp_path / "a", "--resume") == 2
+    assert "files of --data were added, removed" in capfd.readouterr().out
     assert sample.load_checkpoint(tmp_path / "a/ckpt.pt")["step"] == 3
 
     # A broken held-out image is noticed before anything is written.
+    _, held_out, _ = train.load_data(str(data), 8, 3, 0.25)
     Path(held_out.members[0]).write_text("no image")
     assert run(train, *flags, tmp_path / "b") == 2
     assert not (tmp_path / "b/ckpt.pt").exists()
 
 
 def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, monkeypatch):
-    log = records_of(trained, "step", "held_out_loss")
-    assert [(step, loss is None) for step, loss in log] == [(2, 1), (3, 0), (4, 1), (6, 0)]
+    # Held-out images are looked at when a checkpoint is saved. FiTv2's log has no halves.
+    keys = ("step", "held_out_loss", "loss_prior", "loss_S", "held_out_loss_prior")
+    log = records_of(trained, *keys)
+    assert [(record[0], record[1] is None) for record in log] == [(2, 1), (3, 0), (4, 1), (6, 0)]
+    flags = [*QUICK, "--latent-tokens", 0, "--steps", 2, "--out", tmp_path / "fit"]
+    assert run(train, *flags) == 0
+    assert records_of(tmp_path / "fit", *keys)[-1].count(None) == 3
 
     # A milestone is sampled from like ckpt.pt. The image of the default name is replaced.
     monkeypatch.chdir(tmp_path)
     grids = []
     for name in ("ema-0000003.pt", "ema-0000006.pt", "ckpt.pt"):
-        assert run(sample, "--ckpt", trained / name, "--device", "cpu", "--stages", 1) == 0
+        assert run(sample, "--ckpt", trained / name, *SET, "--per-class", 1) == 0
         grids.append(Path("out/samples.png").read_bytes())
     assert grids[0] != grids[1] == grids[2]
 
@@ -816,40 +780,24 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
     assert (*given, args.w) == (1e-4, 1, 0, 256, 0.999, 0.5, 3.5)
 
 
-def test_a_resumed_run_is_the_run_that_was_started(trained, tmp_path, monkeypatch, capfd):
-    # Every flag on which the result depends is compared.
+def test_a_resumed_run_is_the_run_that_was_started(trained, monkeypatch, capfd):
+    # Every flag on which the result depends is compared, and the VAE.
     monkeypatch.setattr(train, "build", lambda *given: (None, {}))
-    for flag, value in {
-        "image-size": 12, "channels": 3, "held-out": 0.1, "batch-size": 16, "lr": 1, "warmup": 1,
-        "lem-lr-factor": 0.7, "p-s": 0.25, "flip": "", "seed": 1, "precision": "bf16",
-        "ema-decay": 0.5, "patch-size": 2, "latent-tokens": 4, "prior-from": "means",
-        "class-groups": 2,
-    }.items():  # fmt: skip
-        given = [f"--{flag}", value] if value else [f"--{flag}"]
-        assert run(train, *QUICK, "--out", trained, "--resume", *given) == 2, flag
-        assert "cannot resume" in capfd.readouterr().err, flag
-    monkeypatch.undo()
-
-    # The run goes on when an image has been removed, and says what that means.
-    data = folder(tmp_path / "data")
-    flags = [*QUICK, "--data", data, "--steps", 1, "--out", tmp_path / "out"]
-    assert run(train, *flags) == 0
-    (data / "a/0.png").unlink()
-    assert run(train, *flags, "--steps", 2, "--resume") == 0
-    assert "files of --data were added, removed or renamed" in capfd.readouterr().out
+    changes = """
+        image-size=12 channels=3 held-out=0.1 batch-size=16 lr=1 warmup=1 lem-lr-factor=0.7
+        p-s=0.25 flip seed=1 precision=bf16 ema-decay=0.5 patch-size=2 latent-tokens=4
+        prior-from=means class-groups=2
+    """
+    for change in changes.split():
+        assert run(train, *QUICK, "--out", trained, "--resume", f"--{change}") == 2, change
+        assert "cannot resume" in capfd.readouterr().err, change
+    saved = sample.load_checkpoint(trained / "ckpt.pt")
+    with pytest.raises(UserError, match="shift was 0.0, now 0.5"):
+        train.resume(trained / "ckpt.pt", {}, saved | {"shift": 0.5})
 
 
-def test_a_line_and_a_picture_say_what_the_prior_is_worth(trained, tmp_path):
-    # Both halves of a batch, which here are alike in size, make up its loss. FiTv2 has none.
-    keys = ("loss", "loss_prior", "loss_S", "held_out_loss", "held_out_loss_prior", "lr")
-    for loss, with_prior, with_S, *_ in records_of(trained, *keys):
-        assert loss == pytest.approx((with_prior + with_S) / 2) and with_prior != with_S
-    flags = [*QUICK, "--latent-tokens", 0, "--steps", 2, "--out", tmp_path / "fit"]
-    assert run(train, *flags) == 0
-    assert records_of(tmp_path / "fit", *keys)[-1].count(None) == 3
-    assert all((out / "loss.png").exists() for out in (trained, tmp_path / "fit"))
-
-    # Below 1%, a warning: once the warm-up is over and a tenth of the steps are done.
+def test_a_line_says_what_the_prior_is_worth_and_warns_of_a_dead_lem():
+    # The warning comes below 1%, once the warm-up is over and a tenth of the steps are done.
     args = Namespace(warmup=30, steps=500)
     line = train.worth_of_prior({"step": 31, "loss_S": 0.27, "loss_prior": 0.187}, args)
     assert line == "step 31: the prior lowers the loss by 0.083 (31%)"
@@ -863,18 +811,12 @@ def test_a_line_and_a_picture_say_what_the_prior_is_worth(trained, tmp_path):
 
 def test_letters_are_a_function_of_their_number_and_held_out_ones_are_others():
     # A letter is training or held out, and drawn alike by anybody who asks for it.
-    letters, held_out, _ = train.load_data("letters", 16, 1, 0.1)
-    numbers = [*letters.members, *held_out.members]
-    assert sorted(numbers) == list(range(25_000)) and len(held_out) == 2500
+    numbers = [*TRAINING.members, *HELD_OUT.members]
+    assert sorted(numbers) == list(range(25_000)) and len(HELD_OUT) == 2500
     assert len(train.load_data("letters", 16, 1, 0.5)[1]) == 5000
-    images = torch.stack([letters[i, False][0] for i in range(200)])
+    images = torch.stack([TRAINING[i, False][0] for i in range(200)])
     train.draw_letter.cache_clear()
-    assert torch.equal(images[150], letters[150, False][0])
-
-    # A class has a name, or a number if no name is one. Names are sorted as text.
-    numbers = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2, ...
-    assert sample.parse_classes("2,b", ["a", "b", "c"]) == [2, 1]
-    assert sample.parse_classes("2", numbers) == [4]
+    assert torch.equal(images[150], TRAINING[150, False][0])
 
 
 def test_images_are_cropped_as_adm_does_and_read_as_they_are_meant(tmp_path):
@@ -927,42 +869,18 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
         run(train, *flags, "--out", tmp_path / "b")
     assert not (tmp_path / "cache/latents.fp16").exists()
 
-    # A disk that is too small, and another run that is encoding.
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with patch.object(os, "posix_fallocate", side_effect=full):
-        assert run(train, *flags, "--out", tmp_path / "b") == 2
-    assert "is the disk full?" in capfd.readouterr().err
-    with train.locked(tmp_path / "cache"):
-        assert run(train, *flags, "--out", tmp_path / "b") == 2
-    assert "another run writes into" in capfd.readouterr().err
-
     # Encoded, then read when the images are gone: the same latents, up to the rounding to fp16.
     assert run(train, *flags, "--steps", 1, "--out", tmp_path / "c") == 0
     x0.pop()
     data.rename(tmp_path / "moved")
     assert run(train, *flags, "--out", tmp_path / "d") == 0
-    assert "20 images in 5 classes, of " in capfd.readouterr().out
     assert len(x0) == 12 and all(close(x0[i], x0[i + 6], 0.02) for i in range(6))
 
-    # Other latents are refused.
+    # Latents of other images, another size or another VAE are refused.
     other = shutil.copytree(vae, tmp_path / "other")
     for key, value in (("data", "letters"), ("image-size", 32), ("vae", other)):
         assert run(train, *flags, f"--{key}", value, "--out", tmp_path / "e") == 2
         assert f"was made with {key.replace('-', '_')} " in capfd.readouterr().err
-
-    # Another VAE is refused when a run without a cache goes on.
-    about = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(about | {"shift_factor": 0.25}))
-    moved = ["--data", tmp_path / "moved", "--vae", other, "--resume", "--out", tmp_path / "a"]
-    assert run(train, *flags[:-2], *moved) == 2
-    assert "shift was 0.5, now 0.25" in capfd.readouterr().err
-
-    # Workers read the cache, however they are started.
-    latents, _, _ = train.open_data(train.parse([*map(str, flags)]), sample.load_codec(vae))
-    for method in ("fork", "forkserver", "spawn"):
-        workers = {"num_workers": 1, "multiprocessing_context": method}
-        x, _ = next(iter(DataLoader(latents, sampler=[(3, True)], **workers)))
-        assert torch.equal(x[0], latents[3, True][0])
 
 
 def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae):
@@ -982,20 +900,6 @@ def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae):
     assert wrong.abs().max() <= 1 and (wrong != 0).double().mean() < 0.01
 
 
-def by_hand(dod, y, w, prior=None):
-    """Fig. 3a and section 3.3 written out: three stages of two Euler steps -> their samples."""
-    samples = []
-    for i in range(3):
-        x = sample.stage_noise((3, 8, 8), 7, range(5, 8), i)
-        e_s = None if prior is None else dod.visual_prior(prior)
-        for t in (torch.full((3,), 1.0), torch.full((3,), 0.5)):
-            v_u = dod(x, t, torch.full((3,), dod.null_class))  # neither class nor prior
-            x = x - (v_u + w[i] * (dod(x, t, y, e_s) - v_u)) / 2
-        samples.append(x)
-        prior = x
-    return samples
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("given, w", [
     ({}, [1, 5.5, 5.5]),  # section 3.3: unguided in stage 1, then the model's own scale
@@ -1012,14 +916,23 @@ def test_fig3a_each_stage_is_guided_by_the_stage_before(given, w):
     dod.lem.register_forward_hook(count)
     sampler = Sampler("euler", 2, seed=7)
     samples, nfe = sample.generate(dod, y, 3, **given, sampler=sampler, start=5)
-    spent = count.call_count
-    expected = by_hand(dod, y, w, given.get("prior"))
-    assert all(close(z, e, 1e-4) for z, e in zip(samples, expected, strict=True))
     assert [n.tolist() for n in nfe] == [[2] * 3] * 3
-    assert spent == sum(2 if scale == 1 else 4 for scale in w) + (3 if "prior" in given else 2)
+    runs = sum(2 if scale == 1 else 4 for scale in w) + (3 if "prior" in given else 2)
+    assert count.call_count == runs
+
+    # Fig. 3a and section 3.3 written out: three stages of two Euler steps.
+    prior = given.get("prior")
+    for i in range(3):
+        x = sample.stage_noise((3, 8, 8), 7, range(5, 8), i)
+        e_s = None if prior is None else dod.visual_prior(prior)
+        for t in (torch.full((3,), 1.0), torch.full((3,), 0.5)):
+            v_u = dod(x, t, torch.full((3,), dod.null_class))  # neither class nor prior
+            x = x - (v_u + w[i] * (dod(x, t, y, e_s) - v_u)) / 2
+        assert close(samples[i], x, 1e-4)
+        prior = x
 
 
-def test_an_image_is_a_function_of_seed_and_number_or_is_refused(monkeypatch):
+def test_an_image_is_a_function_of_seed_and_number(monkeypatch):
     # The noise is normal, and another one for another seed, number or stage.
     draw = sample.stage_noise
     z = draw((50, 50), 1, range(4), 0)
@@ -1037,14 +950,9 @@ def test_an_image_is_a_function_of_seed_and_number_or_is_refused(monkeypatch):
     last, _ = go(y[2:], prior=prior[2:], start=2, batch_size=2)
     assert all(close(a[2:], b, 1e-6) for a, b in zip(together, last, strict=True))
 
-    # One class leaves stage 1 nothing to guide by; a plain FiTv2 has stage 1 only.
-    for config, words in ({"num_classes": 1}, "nothing to guide by"), ({"N": 0}, "stage 1 only"):
-        with pytest.raises(UserError, match=words):
-            sample.generate(awake(replace(TINY, **config)), y, w=[2.0, 2.0])
-
-    # Latents that would decode to black.
+    # Latents that would decode to black are refused.
     with pytest.raises(FloatingPointError, match="not finite"):
-        sample.Codec().decode(torch.tensor([0.5, math.nan]).view(2, 1, 1, 1))
+        PIXELS.decode(torch.tensor([0.5, math.nan]).view(2, 1, 1, 1))
 
 
 SET = ["--device", "cpu", "--solver", "euler", "--steps", 2, "--seed", 7, "--batch-size", 4]
@@ -1057,12 +965,12 @@ def set_of(path: Path, *flags) -> tuple[np.ndarray, np.ndarray]:
         return arrays["arr_0"], arrays["arr_1"]
 
 
-def drawn(ckpt: Path, y, stages: int, w, **given) -> np.ndarray:
+def drawn(ckpt: Path, y, stages: int, w, codec=PIXELS, **given) -> np.ndarray:
     """What a set with the flags SET should hold: uint8 (n, rows, columns, 3)."""
     dod = sample.load_model(sample.load_checkpoint(ckpt))
     y = torch.as_tensor(y)
     samples, _ = sample.generate(dod, y, stages, w, Sampler("euler", 2, seed=7), **given)
-    return sample.Codec().decode(samples[-1]).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    return codec.decode(samples[-1]).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
 
 
 def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(ckpt, tmp_path):
@@ -1080,140 +988,107 @@ def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(ckpt, tmp_
     assert np.array_equal(images, drawn(ckpt, y[:5], 1, [4.0]))
 
 
-def test_fig4_real_images_are_priors_of_a_set(vae, tmp_path, capfd):
-    # A run of colour images in five classes.
-    data = folder(tmp_path / "data", 16)
-    flags = [*QUICK, "--data", data, "--vae", vae, "--image-size", 16, "--steps", 1]
-    assert run(train, *flags, "--out", tmp_path / "run") == 0
-    found = sample.load_checkpoint(tmp_path / "run/ckpt.pt")
-    config = replace(Config(**found["config"]), w=3.0)
-    dod = awake(config)
-    ckpt = tmp_path / "awake.pt"
-    torch.save(found | {"config": asdict(config), "ema": dod.state_dict()}, ckpt)
-
-    # Image n has the prior and the class of image number order[n]; held-out images come first. The
-    # VAE has moved.
-    moved = Path(shutil.copytree(vae, tmp_path / "moved"))
-    files = sorted(data.rglob("*.png"))
-    flags = ["--ckpt", ckpt, *SET, "--vae", moved]
-    images, y = set_of(tmp_path / "a.npz", *flags, "--prior-data", data, "--number", 18)
+def test_fig4_real_images_are_priors_of_a_set(colours, tmp_path):
+    # Image n has the prior and the class of image number order[n]; held-out images come first.
+    ckpt = awaken(colours / "run/ckpt.pt", tmp_path / "awake.pt", w=3.0)
+    flags = ["--ckpt", ckpt, *SET, "--prior-data", colours / "data", "--number", 18]
+    images, y = set_of(tmp_path / "a.npz", *flags)
+    files = sorted(colours.glob("data/*/*.png"))
     pixels = np.array([Image.open(file) for file in sorted((tmp_path / "a-priors").iterdir())])
     order = np.random.default_rng(0).permutation(20)[:18]
     assert np.array_equal(pixels, [np.array(Image.open(files[i])) for i in order])
     assert y.tolist() == [i // 4 for i in order]
 
     # One stage with the mean of the VAE's posterior as a prior, at the model's own scale.
-    codec = sample.load_codec(str(moved))
+    codec = sample.load_codec(sample.load_checkpoint(ckpt)["codec"])
     prior = codec.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    settings = ([3.0], Sampler("euler", 2, seed=7))
-    (z0,), _ = sample.generate(dod, torch.tensor(y), 1, *settings, prior=prior)
-    expected = codec.decode(z0).permute(0, 2, 3, 1).int().numpy()
+    expected = drawn(ckpt, y, 1, [3.0], codec, prior=prior).astype(int)
     assert abs(images - expected).max() <= 1
 
-    # Hidden images, other classes, a VAE with another scale or without some of its weights.
-    wrong = ["--npz", tmp_path / "c.npz", "--prior-data", data]
-    shutil.copytree(data / "a", data / ".hidden")
-    assert run(sample, *flags, *wrong) == 2
-    assert "0.png is hidden" in capfd.readouterr().err
-    shutil.rmtree(data / ".hidden")
-    shutil.rmtree(data / "e")
-    assert run(sample, *flags, *wrong) == 2
-    assert "has other classes than" in capfd.readouterr().err
-    config_file = moved / "config.json"
-    config_file.write_text(config_file.read_text().replace("3.0", "2.0"))
-    assert run(sample, *flags, *wrong) == 2
-    assert "another scale or shift than" in capfd.readouterr().err
-    (weights,) = moved.glob("*.safetensors")
-    safetensors = pytest.importorskip("safetensors.torch")
-    kept = {key: x for key, x in safetensors.load_file(weights).items() if "decoder" not in key}
-    safetensors.save_file(kept, weights, {"format": "pt"})
-    assert run(sample, *flags, *wrong) == 2
-    assert "lacks weights, such as decoder." in capfd.readouterr().err
 
-
-def test_the_grid_is_fair_and_a_path_leads_to_its_image(ckpt, tmp_path, monkeypatch):
+def test_the_grid_is_fair(ckpt, tmp_path, monkeypatch):
     grids = []
     monkeypatch.setattr(sample, "draw_grid", lambda *grid: grids.append(grid))
-    flags = ["--ckpt", ckpt, *SET[:2], "--solver", "euler", "--steps", 2, "--seed", 7]
-    assert run(sample, *flags, "--classes", "C,A", "--per-class", 1, "--stages", 3) == 0
-    ((_, blocks, titles),) = grids
-    assert titles == ["C", "A"]
+    flags = ["--ckpt", ckpt, *SET, "--classes", "C,A", "--per-class", 1]
+    assert run(sample, *flags, "--stages", 3) == 0
+    _, blocks, _ = grids[0]
     expected = [(1, [1.0]), (1, [2.0]), (2, [1.0, 3.0]), (3, [1.0, 3.0, 3.0])]
     for (label, images), (stages, w) in zip(blocks, expected, strict=True):
         assert f"w = {w[-1]:g}" in label
         assert np.array_equal(images.permute(0, 2, 3, 1), drawn(ckpt, [2, 0], stages, w)[..., :1])
 
-    # Ten Euler steps of each of two stages: the last one leads to the predicted x_0.
-    path = ["--path", "--classes", "C", "--seed", 7]
-    assert run(sample, "--ckpt", ckpt, "--device", "cpu", *path) == 0
-    _, blocks, titles = grids[1]
+    # Given priors: each is the first row of its block, below those of stage 1.
+    paths = [folder(tmp_path) / name for name in ("a/0.png", "b/1.png")]
+    assert run(sample, *flags, "--prior", f"{paths[0]},{paths[1]}", "--cfg", 4) == 0
+    for (_, images), path in zip(grids[1][1][2:], paths, strict=True):
+        image = sample.open_image(path, 8, 1).expand(2, -1, -1, -1)
+        expected = drawn(ckpt, [2, 0], 1, [4.0], prior=PIXELS.encode(image))[..., :1]
+        assert torch.equal(images[:2], image)
+        assert np.array_equal(images[2:].permute(0, 2, 3, 1), expected)
+
+
+def test_a_path_leads_from_the_noise_of_each_stage_to_its_sample(ckpt, monkeypatch):
+    # Ten Euler steps of each of two stages: a row of x_t, and a row of predicted x_0.
+    grids = []
+    monkeypatch.setattr(sample, "draw_grid", lambda *grid: grids.append(grid))
+    assert run(sample, "--ckpt", ckpt, *SET, "--path", "--classes", "C") == 0
+    _, blocks, titles = grids[0]
     assert titles[::9] == ["t = 1.0", "t = 0.1"] and len(blocks) == 4
     dod = sample.load_model(sample.load_checkpoint(ckpt))
     samples, _ = sample.generate(dod, torch.tensor([2]), 2, None, Sampler("euler", 10, seed=7))
     for i, z0 in enumerate(samples):
         (_, x_t), (_, x_0) = blocks[2 * i : 2 * i + 2]
-        z1 = sample.stage_noise((1, 8, 8), 7, range(1), i)
-        assert torch.equal(x_t[:1], sample.Codec().decode(z1))
-        assert (x_0[-1].int() - sample.Codec().decode(z0)[0].int()).abs().max() <= 1
+        assert torch.equal(x_t[:1], PIXELS.decode(sample.stage_noise((1, 8, 8), 7, range(1), i)))
+        assert (x_0[-1].int() - PIXELS.decode(z0)[0].int()).abs().max() <= 1
 
 
-def test_each_prior_is_the_first_row_of_its_block(ckpt, tmp_path, monkeypatch):
-    grids = []
-    monkeypatch.setattr(sample, "draw_grid", lambda *grid: grids.append(grid))
-    paths = [folder(tmp_path) / name for name in ("a/0.png", "b/1.png")]
-    flags = ["--ckpt", ckpt, *SET, "--classes", "C,A", "--prior", f"{paths[0]},{paths[1]}"]
-    assert run(sample, *flags, "--cfg", 4, "--per-class", 1) == 0
-    ((_, (*_, one, two), titles),) = grids
-    assert titles == ["C", "A"]
-    for (label, images), path in zip((one, two), paths, strict=True):
-        image = sample.open_image(path, 8, 1).expand(2, -1, -1, -1)
-        prior = sample.Codec().encode(image)
-        expected = drawn(ckpt, [2, 0], 1, [4.0], prior=prior)[..., :1]
-        assert path.name in label and torch.equal(images[:2], image)
-        assert np.array_equal(images[2:].permute(0, 2, 3, 1), expected)
-
-
-@pytest.mark.parametrize("argv, message", [
-    ("train --data nowhere", "No such file or directory: 'nowhere'"),
+@pytest.mark.parametrize("argv, words", [
     ("train --data data --held-out 0.9", "lower --held-out"),
-    ("train --data data", "data/b/1.png is not a readable image"),
+    ("train --data hidden", "0.png is hidden"),
     ("train --p-s 0", "--p-s 0.0 leaves S without an image"),
-    ("train --vae ./nothing --image-size 16", "nothing"),
-    ("train --device cuda:99", "device cuda:99 is not available here"),
     ("train --out R", "R has files already"),
-    ("train --out R --resume --lr 1", "lr was 0.002, now 1.0"),
-    ("train --out R --resume --class-groups 2", "now ['A-E', 'F-J']"),
-    ("sample --npz a.npz --out a.png", "--out is for a single picture"),
-    ("sample --npz R/a.txt", "R/a.txt should end in .npz"),
-    ("sample --npz data.npz", "data exists already; give another name"),
-    ("sample --npz a.npz --prior-data nowhere", "No such file or directory: 'nowhere'"),
+    ("sample --number 9 --npz data.npz", "data exists already; give another name"),
+    ("sample --npz a.npz --prior-data data", "has other classes than"),
     ("sample --number 9", "add --npz FILE.npz"),
     ("sample --prior a.png --stages 2", "--stages has no effect"),
-    ("sample --classes a", "class 'a' is unknown"),
-    ("sample --prior data/b/1.png", "data/b/1.png is not a readable image"),
-    ("sample --ckpt gone.pt", "gone.pt is not a checkpoint"),
-    ("sample --stages 1 --cfg 2", "--cfg-stage1 guides stage 1"),
+    ("sample --vae vae", "another scale or shift than"),
     ("sample --ckpt code.pt", "code.pt is not a checkpoint"),
+    ("sample --stages 1 --cfg 2", "--cfg-stage1 guides stage 1"),
     ("sample --out data/a/0.png", "data/a/0.png exists"),
+    ("evaluate stages --ckpt R/ckpt.pt --out taken.json", "taken.json exists"),
+    ("evaluate stages --ckpt other.pt", "has not the images"),
+    ("evaluate samples --ref short.npz --samples good.npz", "is not a complete .npz"),
+    ("evaluate samples --ref good.npz --samples float.npz", "not float64 (5, 9, 9, 3)"),
+    ("evaluate samples --ref good.npz --samples few.npz", "few.npz has 3 images"),
+    ("evaluate samples --ref good.npz --samples large.npz --paired", "of one size"),
 ])  # fmt: skip
-def test_mistakes_end_in_one_line(argv, message, trained, tmp_path, monkeypatch, capfd):
+def test_mistakes_end_in_one_line(argv, words, trained, vae, tmp_path, monkeypatch, capfd):
+    # Images, also hidden ones; a finished run; a checkpoint with code, and one of other images.
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained, "R")
     folder(Path("data"))
-    Path("data/b/1.png").write_text("mine")
-    torch.save(sample.load_checkpoint("R/ckpt.pt") | {"code": Namespace()}, "code.pt")
+    shutil.copytree("data/a", "hidden/.a")
+    Path("vae").symlink_to(vae)
+    Path("R").mkdir()
+    Path("taken.json").touch()
+    saved = sample.load_checkpoint(trained / "ema-0000006.pt")
+    torch.save(saved, "R/ckpt.pt")
+    torch.save(saved | {"code": Namespace()}, "code.pt")
+    torch.save(saved | {"fingerprint": "x"}, "other.pt")
+    pixels = np.zeros((5, 9, 9, 3), np.uint8)
+    arrays = {"good": pixels, "float": pixels + 0.5, "few": pixels[:3], "large": pixels[:, 1:]}
+    for name, array in arrays.items():
+        np.savez(f"{name}.npz", arr_0=array)
+    Path("short.npz").write_bytes(Path("good.npz").read_bytes()[:900])
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*.*[!k]")}  # but locks
 
-    # One line of error, exit status 2, and no traceback.
+    # One line of error, exit status 2, and no traceback. Nothing is written.
     module, *flags = argv.split()
-    flags = [*(QUICK if module == "train" else ["--ckpt", "R/ckpt.pt"]), *flags]
-    assert run(sys.modules[module], *flags) == 2
+    first = {"train": QUICK, "sample": ["--ckpt", "R/ckpt.pt"], "evaluate": []}[module]
+    assert run(sys.modules[module], *first, *flags) == 2
     (line,) = re.findall(".*(?:error: |Trace).*", capfd.readouterr().err)
-    assert line.startswith(f"{module}.py: error: ") and message in line
-
-    # Nothing is written, but by a run that meets a broken image on its way.
+    assert line.startswith(f"{module}.py: error: ") and words in line
     after = {path: path.stat().st_mtime_ns for path in Path().rglob("*.*[!k]")}
-    assert after == before or argv == "train --data data"
+    assert after == before
 
 
 class NeverWaits(TorchDispatchMode):
@@ -1274,8 +1149,6 @@ def test_is_of_torch_fidelity():
     theirs = library.isc_features_to_metric(logits, splits=10, shuffle=False)
     probs = logits.softmax(1)
     assert evaluate.inception_score(probs) == pytest.approx((*theirs.values(),), 1e-5)
-    with pytest.raises(UserError, match="10 parts"):
-        evaluate.inception_score(probs[:9])
 
 
 def test_precision_and_recall_are_the_written_out_shares():
@@ -1289,8 +1162,6 @@ def test_precision_and_recall_are_the_written_out_shares():
     fake = rng.integers(30, 110, (50, 2))
     expected = (covered(fake, real), covered(real, fake))
     assert evaluate.precision_recall(real, fake) == pytest.approx(expected)
-    with pytest.raises(UserError, match="4 images or more"):
-        evaluate.precision_recall(real, fake[:3])
 
 
 def test_psnr_and_ssim_are_the_written_out_formulas():
@@ -1341,29 +1212,17 @@ def test_comparing_shuffles_for_the_is(monkeypatch):
         assert columns[key] == evaluate.frechet_distance(*moments)
 
 
-TRAINING, HELD_OUT, _ = train.load_data("letters", 16, 1, 0.1)
-
-
-def derived(folder: Path, **changes) -> Path:
-    """The shipped checkpoint, changed, with weights that let all inputs matter."""
-    saved = sample.load_checkpoint(sample.SHIPPED)
-    config = Config(**saved["config"] | changes)
-    saved |= {"config": asdict(config), "ema": awake(config).state_dict()}
-    torch.save(saved, folder / "ckpt.pt")
-    return folder / "ckpt.pt"
-
-
 @pytest.fixture
 def letters_ckpt(tmp_path, monkeypatch) -> Path:
-    """Such a checkpoint, in the working folder. The classifier sees 300 images in 20 steps."""
+    """The shipped checkpoint, awakened. The classifier sees 300 images in 10 steps."""
     take = evaluate.take_images
     few = Mock(side_effect=lambda data, n, start=0: take(data, min(n, 300), start))
     monkeypatch.setattr(evaluate, "take_images", few)
-    quick = Mock(side_effect=partial(evaluate.train_classifier, steps=20))
+    quick = Mock(side_effect=partial(evaluate.train_classifier, steps=10))
     monkeypatch.setattr(evaluate, "train_classifier", quick)
     monkeypatch.setattr(evaluate, "SHIPPED", tmp_path / "none")
     monkeypatch.chdir(tmp_path)
-    return derived(tmp_path)
+    return awaken(sample.SHIPPED, tmp_path / "awake.pt")
 
 
 def rows_of(command: str, *argv) -> list[dict]:
@@ -1373,6 +1232,7 @@ def rows_of(command: str, *argv) -> list[dict]:
 
 
 def test_the_classifier_is_the_same_bytes_each_time_and_kept(letters_ckpt):
+    # It is trained twice, whatever random numbers were drawn before.
     saved = sample.load_checkpoint(letters_ckpt)
     evaluate.classifier(saved, TRAINING)
     (file,) = Path("out").glob("classifier-*.pt")
@@ -1382,24 +1242,16 @@ def test_the_classifier_is_the_same_bytes_each_time_and_kept(letters_ckpt):
     evaluate.classifier(saved, TRAINING)
     assert file.read_bytes() == before
 
-    # It has learned training images. Its hash is that of its weights; it is read back, in a form
-    # that does not depend on the batch.
+    # It has learned training images. It is read back, in a form that does not depend on the batch.
     images, _, y = evaluate.take_images(TRAINING, 300)
-    _, *learned = evaluate.train_classifier.call_args.args
-    assert all(torch.equal(a, b) for a, b in zip(learned, (images, y), strict=True))
-    look, found_hash = evaluate.classifier(saved, TRAINING)
-    network = evaluate.build_classifier(16, 1, 10).eval()
-    network.load_state_dict(torch.load(file, weights_only=True))
-    weights = b"".join(value.numpy().tobytes() for value in network.state_dict().values())
-    assert found_hash == hashlib.sha256(weights).hexdigest()[:12]
-    assert close(look(images)[1], network(images / 127.5 - 1), 1e-4)
+    network, *learned = evaluate.train_classifier.call_args.args
+    assert all(map(torch.equal, learned, (images, y)))
+    look, _ = evaluate.classifier(saved, TRAINING)
+    assert close(look(images)[1], network.eval()(images / 127.5 - 1), 1e-4)
 
-    # Other images have another one, images of one class none.
-    for change in ({"fingerprint": "other"}, {"held_out": 0.2}, {"image_size": 8}):
-        evaluate.classifier(saved | change, TRAINING)
-    assert evaluate.train_classifier.call_count == 5
-    with pytest.raises(UserError, match="one class"):
-        evaluate.classifier(saved, Namespace(original_classes=["A"]))
+    # Other images have another one.
+    evaluate.classifier(saved | {"held_out": 0.2}, TRAINING)
+    assert evaluate.train_classifier.call_count == 3
 
 
 def test_the_classifier_learns_under_noise_of_0_to_24_grey_levels():
@@ -1415,7 +1267,7 @@ def test_the_classifier_learns_under_noise_of_0_to_24_grey_levels():
 
 
 def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_ckpt):
-    flags = ["--num", 100, "--steps", 2, "--cfg", "1,3", "--cfg-stage1", "2"]
+    flags = ["--num", 70, "--steps", 2, "--cfg", "1,3", "--cfg-stage1", "2"]
     rows = rows_of("stages", "--ckpt", letters_ckpt, *flags)
 
     # Section 3.3: no guidance in stage 1, which is the same for all scales and so listed once.
@@ -1423,91 +1275,90 @@ def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_
     expected = [("training images", None), ("stage 1", 1), *later, ("stage 1", 2)]
     assert [(row.pop("what"), row.get("w")) for row in rows] == expected
 
-    # The first row: training images of the second half against the held-out ones.
+    # The first row: training images of the second half, not those that the classifier learned.
+    learned = evaluate.train_classifier.call_args.args[1]
+    assert torch.equal(learned, evaluate.take_images(TRAINING, 300)[0])
     saved = sample.load_checkpoint(letters_ckpt)
-    network, found_hash = evaluate.classifier(saved, TRAINING)
+    network, _ = evaluate.classifier(saved, TRAINING)
     look = partial(evaluate.measure, network=network, what="x")
-    images, y, _ = evaluate.take_images(HELD_OUT, 100)
-    others, _, _ = evaluate.take_images(TRAINING, 100, start=11_250)
+    images, y, _ = evaluate.take_images(HELD_OUT, 70)
+    others, _, _ = evaluate.take_images(TRAINING, 70, start=11_250)
     assert torch.equal(others[5], TRAINING[11_255, False][0])
     real = look(images)
     other = look(others)
     assert rows[0] == pytest.approx(evaluate.compare(real, other))
-    learned = evaluate.train_classifier.call_args.args[1]
-    assert torch.equal(learned, evaluate.take_images(TRAINING, 300)[0])
 
     # Stage 3 at w = 3: its prior is stage 2. Its spread: the same priors, another seed's noise.
     dod = sample.load_model(saved)
     sampler = Sampler("euler", 2)
     z0, _ = sample.generate(dod, y, 3, [1.0, 3.0, 3.0], sampler)
     again, _ = sample.generate(dod, y, 1, [3.0], replace(sampler, seed=1), prior=z0[1])
-    fake, again = (look(sample.Codec().decode(z)) for z in (z0[2], again[0]))
+    fake, again = (look(PIXELS.decode(z)) for z in (z0[2], again[0]))
     expected = evaluate.compare(real, fake) | {"w": 3, "evaluations": 2}
     expected |= {"fid_training": evaluate.compare(other, fake)["fid"]}
-    expected |= {"spread": evaluate.spread(fake.pool, again.pool, y)}
+    distances = cdist(fake.pool, again.pool)
+    same_class = (y[:, None] == y).numpy() & ~np.eye(70, dtype=bool)
+    expected |= {"spread": np.diag(distances).mean() / distances[same_class].mean()}
 
     # Table 4's compute: LEM once a stage, the unconditional branch with S, all stages so far.
     macs = model.count_macs(dod.config)
     later = macs["lem"] + macs["prior_mlp"] + 2 * macs["e_s"] + 2 * macs["s"]
     expected |= {"gflops": (2 * macs["s"] + 2 * later) / 1e9}
     assert rows[5] == pytest.approx(expected, rel=1e-5)
-    found = json.loads(Path("out/stages.json").read_text())
-    facts = {"features": "classifier", "count": 100, "cfg": [1, 3], "network_hash": found_hash}
-    assert found | facts == found and found["checkpoint"]["fingerprint"] and found["commit"]
-    assert not found["checkpoint"].keys() & {"ema", "model", "optimizer"}
+
+    # Each stage is a curve, guided and not.
+    assert len(rows_of("curves", "out/stages.json")) == 6
 
 
-@pytest.mark.parametrize("K, N, expected", [(1, 2, (1, 2)), (2, 2, (1, 2, 1)), (10, 0, (1, 1))])
+@pytest.mark.parametrize("K, N, expected", [
+    (1, 2, ["stage 1", "stage 2"]),
+    (2, 2, ["stage 1", "stage 2", "stage 1"]),
+    (10, 0, ["FiTv2", "FiTv2"]),
+])  # fmt: skip
 def test_fig4_stages_of_merged_classes_and_of_fitv2(K, N, expected, letters_ckpt, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", Mock(wraps=sample.generate))
     flags = ["--num", 70, "--steps", 1, "--cfg", 2, "--cfg-stage1", 3]
     flags += ["--stages", 2] if N else []  # FiTv2 has stage 1 only
-    rows = rows_of("stages", "--ckpt", derived(letters_ckpt.parent, num_classes=K, N=N), *flags)[1:]
+    ckpt = awaken(letters_ckpt, Path("changed.pt"), num_classes=K, N=N)
+    rows = rows_of("stages", "--ckpt", ckpt, *flags)
+    assert [row["what"] for row in rows[1:]] == expected
 
     # Class k belongs to the model's class k K // n, but the classifier knows all classes.
-    names = {"FiTv2": 1, "stage 1": 1, "stage 2": 2}
-    assert tuple(names[row["what"]] for row in rows) == expected
-    assert N or rows[0]["what"] == "FiTv2"
     _, _, y = evaluate.take_images(HELD_OUT, 70)
     assert all(torch.equal(call.args[1], y * K // 10) for call in evaluate.generate.mock_calls)
     assert evaluate.train_classifier.call_args.args[2].max() == 9
 
 
-def test_fig4_reconstruct_and_table2_probe_report_their_columns(letters_ckpt):
-    flags = ["--ckpt", letters_ckpt, "--num", 70]
-    sampling = ["--steps", 4, "--cfg", 2]
-    _, row = rows_of("reconstruct", *flags, *sampling, "--seed", 3)
-
-    # The priors are the held-out images themselves, each with its class.
+def test_fig4_the_priors_of_reconstructions_are_the_held_out_images(letters_ckpt):
+    flags = ["--num", 70, "--steps", 4, "--cfg", 2, "--seed", 3]
+    _, row = rows_of("reconstruct", "--ckpt", letters_ckpt, *flags)
     dod = sample.load_model(sample.load_checkpoint(letters_ckpt))
-    codec = sample.Codec()
     images, y, _ = evaluate.take_images(HELD_OUT, 70)
     sampler = Sampler("euler", 4, seed=3)
-    (z0,), _ = sample.generate(dod, y, 1, [2.0], sampler, prior=codec.encode(images))
+    (z0,), _ = sample.generate(dod, y, 1, [2.0], sampler, prior=PIXELS.encode(images))
     for key, metric in (("psnr", evaluate.psnr), ("ssim", evaluate.ssim)):
-        assert close(row[key], metric(images, codec.decode(z0)).mean().item())
-    assert row["what"] == "reconstruction"
-
-    # The probe is fitted to training images and judged by held-out ones.
-    training, _, y_training = evaluate.take_images(TRAINING, 70)
-    l_hat, l_hat_test = (dod.lem.encode(codec.encode(z)).detach() for z in (training, images))
-    mean = evaluate.linear_probe(l_hat.mean(1), y_training, l_hat_test.mean(1), y)
-    everything = evaluate.linear_probe(l_hat.flatten(1), y_training, l_hat_test.flatten(1), y)
-    assert [row["top1"] for row in rows_of("probe", *flags)] == [mean, everything]
+        assert close(row[key], metric(images, PIXELS.decode(z0)).mean().item())
 
 
-def test_table2_the_probe_reads_images_or_the_cache_of_the_run(vae, tmp_path, monkeypatch):
+def test_table2_the_probe_reads_images_or_the_cache_of_the_run(colours, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--data", folder(tmp_path / "data", 16), "--vae", vae, "--cache", "cache"]
-    flags += ["--image-size", 16, "--held-out", 0.3, "--steps", 1, "--out", "R"]
-    assert run(train, *QUICK, *flags) == 0
     seen = []
     monkeypatch.setattr(evaluate, "linear_probe", lambda *given: seen.append(given) or 0.5)
-    for where in ([], ["--cache", "cache"]):
-        rows_of("probe", "--ckpt", "R/ckpt.pt", *where)
-    for a, b in zip(seen[:2], seen[2:], strict=True):
-        assert [len(x) for x in a] == [14, 14, 6, 6] and close(a[0], b[0], 0.01)
-        assert close(a[2], b[2], 0.01) and [*a[1], *a[3]] == [*b[1], *b[3]]
+    for where in ([], ["--cache", colours / "cache"]):
+        rows_of("probe", "--ckpt", colours / "run/ckpt.pt", *where)
+
+    # The latent tokens of 14 training images and of 6 held-out ones: their means, then all of them.
+    saved = sample.load_checkpoint(colours / "run/ckpt.pt")
+    dod = sample.load_model(saved)
+    codec = sample.load_codec(saved["codec"])
+    training, held_out, _ = train.load_data(saved["data"], 16, 3, 0.3)
+    for part, i in ((training, 0), (held_out, 2)):
+        images = torch.stack([part[k, False][0] for k in range(len(part))])
+        l_hat = dod.lem.encode(codec.encode(images))
+        for mean, everything in (seen[:2], seen[2:]):
+            assert close(mean[i], l_hat.mean(1), 0.01)
+            assert close(everything[i], l_hat.flatten(1), 0.01)
+            assert [*mean[i + 1]] == [*everything[i + 1]] == [*part.original_labels]
 
 
 def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right(tmp_path):
@@ -1541,15 +1392,6 @@ def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right(tmp_p
             assert not (tmp_path / args.npz).with_suffix("").exists()
 
 
-def test_spread_as_written_out():
-    # Three priors, of which two have one class; each has an image in `first` and one in `second`.
-    first, second = torch.randn(2, 3, 5)  # (3, 5) each
-    distances = cdist(first, second)
-    expected = np.diag(distances).mean() / (distances[0, 2] + distances[2, 0]) * 2
-    found = evaluate.spread(first, second, torch.tensor([4, 1, 4]))
-    assert found == pytest.approx(expected, rel=1e-6)
-
-
 def test_inception_is_torch_fidelity_s_and_sfid_reads_7_channels_of_mixed_6d(tmp_path):
     # Random weights for the library's network, which leaves them empty, and large biases.
     library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
@@ -1571,50 +1413,39 @@ def test_inception_is_torch_fidelity_s_and_sfid_reads_7_channels_of_mixed_6d(tmp
     assert close(ours[2], seen[0].permute(0, 2, 3, 1).reshape(2, 2023), 1e-4)
 
 
-def test_table5_samples_are_compared_with_images_or_moments(tmp_path, monkeypatch, capsys):
+def test_table5_samples_are_compared_with_images_and_moments(tmp_path, monkeypatch):
     def thin(images):
         """Stands in for Inception: a few pixels as pooled features, logits, spatial features."""
         x = images.float().flatten(1)
         return x[:, :3], x[:, 3:7] / 9, x[:, 7:9]
 
-    # A reference may hold the moments of another set than its images', or nothing else.
+    # The moments of a reference count, not those of its images. The samples are a folder.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "inception", lambda *a: thin)
-    images = np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), np.uint8)  # tiny ones
+    monkeypatch.setattr(evaluate, "inception", lambda *given: thin)
+    images = np.random.default_rng(0).integers(0, 256, (18, 12, 12, 3), np.uint8)
     mu = {"mu": np.zeros(3), "sigma": np.eye(3)}
-    mu_s = {"mu_s": np.ones(2), "sigma_s": np.eye(2)}
-    np.savez("moments.npz", **mu)
-    np.savez("both.npz", arr_0=images[9:], **mu, **mu_s)
-    np.savez("copies.npz", arr_0=images[9:18])
-    Path("folder/below").mkdir(parents=True)
+    mu_s = {"mu_s": np.ones(2), "sigma_s": 2 * np.eye(2)}
+    np.savez("ref.npz", arr_0=images[9:], **mu, **mu_s)
+    Path("fakes/below").mkdir(parents=True)
     for i in range(9):
-        Image.fromarray(images[i]).save(f"folder/below/{i}.PNG")
-    Path("folder/.hidden.png").touch()
+        Image.fromarray(images[i]).save(f"fakes/below/{i}.PNG")
+    (row,) = rows_of("samples", "--ref", "ref.npz", "--samples", "fakes", "--paired")
 
-    # A set of samples may be a file or a folder. With --paired, image n is compared with image n.
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    a, b, c = (evaluate.Features(*thin(part)) for part in (x[:9], x[9:], x[9:18]))
-    fid = {"fid": evaluate.frechet_distance(*mu.values(), *evaluate.statistics(a.pool))}
-    sfid = {"sfid": evaluate.frechet_distance(*mu_s.values(), *evaluate.statistics(a.spatial))}
-    pairs = {"psnr": evaluate.psnr(x[:9], x[9:18]).mean().item()}
-    pairs |= {"ssim": evaluate.ssim(x[:9], x[9:18]).mean().item()}
-    for ref, path, expected, flags in (
-        ("folder", "both.npz", evaluate.compare(a, b), []),
-        ("both.npz", "folder", evaluate.compare(b, a) | fid | sfid, []),
-        ("moments.npz", "folder", fid, []),
-        ("folder", "copies.npz", evaluate.compare(a, c) | pairs, ["--paired"]),
-    ):
-        (row,) = rows_of("samples", "--ref", ref, "--samples", path, *flags)
-        assert row == pytest.approx({"what": path} | expected)
-    assert "FID alone" in capsys.readouterr().out
-    assert run(evaluate, "samples", "--ref", "folder", "--samples", "both.npz", "--paired") == 2
+    fake, real = (evaluate.Features(*thin(part)) for part in (x[:9], x[9:]))
+    expected = evaluate.compare(real, fake) | {"what": "fakes"}
+    expected["fid"] = evaluate.frechet_distance(*mu.values(), *evaluate.statistics(fake.pool))
+    moments = (*mu_s.values(), *evaluate.statistics(fake.spatial))
+    expected["sfid"] = evaluate.frechet_distance(*moments)
+    expected["psnr"] = evaluate.psnr(x[:9], x[9:]).mean().item()
+    expected["ssim"] = evaluate.ssim(x[:9], x[9:]).mean().item()
+    assert row == pytest.approx(expected)
 
 
 def test_fig2_curves_average_seeds_each_at_its_best_scale_by_training_fid(tmp_path, monkeypatch):
+    # Three curves for each N (stage 2 was always guided). Written out for N = 2.
     monkeypatch.chdir(tmp_path)
     paths = sorted(Path(__file__).parent.glob("assets/reports/groups10-[ln][e4]?[01]-10000.json"))
-
-    # Three curves for each N (stage 2 was always guided). Written out for N = 2.
     best = []
     for path in paths[:2]:
         given = json.loads(path.read_text())
@@ -1622,98 +1453,29 @@ def test_fig2_curves_average_seeds_each_at_its_best_scale_by_training_fid(tmp_pa
         best.append(min((row["fid_training"], row["w"], row["fid"]) for row in scan))
     expected = pytest.approx([640_000, *np.mean(best, 0)[1:], np.std(best, 0, ddof=1)[2], 2])
     found = {row["what"]: [*row.values()] for row in rows_of("curves", *paths)}
-    name = "stage 2, guided; N 2"
-    assert len(found) == 6 and found[name][1:] == expected
+    assert len(found) == 6 and found["stage 2, guided; N 2"][1:] == expected
 
-    # A new report says more, and its checkpoint calls w what an old one calls cfg. A factor of 1
-    # for LEM's rate is what old runs had. Over w, an unguided row is a part of the curve.
-    config = given["checkpoint"]["config"]
-    new = given | {"checkpoint": given["checkpoint"] | {"lem_lr_factor": 1.0, "format": "dod-4"}}
-    new["checkpoint"]["config"] = {"w": 2.0} | {k: v for k, v in config.items() if k != "cfg"}
-    Path("new.json").write_text(json.dumps(new))
-    assert len(rows_of("curves", *paths, "new.json")) == 6
-    over_w = rows_of("curves", paths[0], "--over", "w")
-    (row,) = (row for row in over_w if row["w"] == 1)
-    assert row["what"] == "stage 1"
+    # FiTv2's rows of old reports are called stage 1, and are curves of their own all the same.
+    fit = paths[0].with_name("groups10-fit0-10000.json")
+    names = {row["what"] for row in rows_of("curves", paths[0], fit)}
+    assert {"FiTv2, guided", "stage 1, guided"} <= names
 
-    # Other counts, another network, another command, other images make no common figure.
+    # Other counts of images, other networks and other images make no common figure.
     other = {"checkpoint": given["checkpoint"] | {"held_out": 0.2}}
-    changes = [{"count": 9}, {"features": "inception"}, {"command": "probe"}, {"network_hash": "a"}]
-    for change in (*changes, other):
+    for change in ({"count": 9}, {"features": "inception"}, {"network_hash": "a"}, other):
         Path("changed.json").write_text(json.dumps(given | change))
         assert run(evaluate, "curves", *paths, "changed.json") == 2
 
 
-def test_one_method_has_one_colour_in_all_figures_and_unguided_ones_are_dashed(tmp_path):
-    from matplotlib.axes import Axes
-
-    names = ["stage 2, guided; N 1", "stage 2, guided; N 2", "FiTv2, unguided"]
-    rows = [{"what": name, "w": w, "fid": w} for name in names for w in (1, 2)]
-    real = Axes.errorbar
-    with patch.object(Axes, "errorbar", autospec=True, side_effect=real) as errorbar:
-        evaluate.draw_curves(tmp_path / "a.png", rows, "w", 0.5)
-    styles = [call.kwargs for call in errorbar.mock_calls]
-    assert [style["color"] for style in styles] == ["C0", "C0", "C1"]
-    assert [style["linestyle"] for style in styles] == ["-", "-", "--"]
-    assert styles[0]["marker"] != styles[1]["marker"]
-
-
-@pytest.mark.parametrize("argv, words", [
-    ("stages --ckpt ckpt.pt --out taken.json", "taken.json exists"),
-    ("stages --ckpt ckpt.pt --out taken.json/a.json", "taken.json"),
-    ("stages --ckpt other.pt", "has not the images"),
-    ("stages --ckpt fit.pt --stages 2", "is a plain FiTv2"),
-    ("probe --ckpt fit.pt", "is a plain FiTv2"),
-    ("probe --ckpt ckpt.pt --cache empty", "has no latents.fp16"),
-    ("samples --ref empty --samples good.npz", "empty has 0 images"),
-    ("samples --ref good.npz --samples broken", "broken/a/1.png is not a readable image"),
-    ("samples --ref good.npz --samples few.npz", "few.npz has 3 images"),
-    ("samples --ref short.npz --samples good.npz", "short.npz is not a complete .npz"),
-    ("samples --ref pointer.npz --samples good.npz", "pointer.npz is not a complete .npz"),
-    ("samples --ref good.npz --samples nothing.npz", "nothing.npz has 0 images"),
-    ("samples --ref good.npz --samples moments.npz", "moments.npz holds moments and no images"),
-    ("samples --ref good.npz --samples float.npz", "not float64 (5, 9, 9, 3)"),
-    ("samples --ref first.npz --samples good.npz", "not uint8 (5, 3, 9, 9)"),
-    ("samples --ref good.npz --samples large.npz --paired", "of one size"),
-    ("curves good.npz", "good.npz is not a report"),
-    ("probe --ckpt ckpt.pt", "without torchrun"),
-])  # fmt: skip
-def test_faults_of_evaluation_end_in_one_line(argv, words, letters_ckpt, monkeypatch, capsys):
-    for name in ("empty", "broken/a"):
-        Path(name).mkdir(parents=True)
-    Path("taken.json").touch()
-    for i in range(1, 5):
-        Path(f"broken/a/{i}.png").write_bytes(b"no image")
-    arrays = {"good": np.zeros((5, 9, 9, 3), np.uint8), "few": np.zeros((3, 9, 9, 3), np.uint8)}
-    arrays |= {"float": np.full((5, 9, 9, 3), np.nan), "first": np.zeros((5, 3, 9, 9), np.uint8)}
-    arrays |= {"large": np.zeros((5, 8, 9, 3), np.uint8)}
-    for name, array in arrays.items():
-        np.savez(f"{name}.npz", arr_0=array)
-    np.savez("nothing.npz", arr_1=arrays["good"])
-    np.savez("moments.npz", mu=np.zeros(3), sigma=np.eye(3))
-    Path("short.npz").write_bytes(Path("good.npz").read_bytes()[:900])
-    Path("pointer.npz").write_text("version https://git-lfs.github.com/spec/v1")
-    saved = sample.load_checkpoint(letters_ckpt)
-    torch.save(saved | {"fingerprint": "x"}, "other.pt")
-    derived(Path("empty"), N=0).rename("fit.pt")
-
-    # All of it is said before a network is asked for.
-    monkeypatch.setattr(evaluate, "inception", Mock())
-    monkeypatch.setenv("WORLD_SIZE", "2" if "torchrun" in words else "1")
-    assert run(evaluate, *argv.split()) == 2
-    assert words in capsys.readouterr().err and not evaluate.inception.called
-
-
 def test_the_shipped_weights_show_the_paper_s_effect():
-    # A classifier of real letters judges 200 samples of each stage.
-    judge = evaluate.build_classifier(16, 1, 10)
-    images, _, labels = evaluate.take_images(TRAINING, 2000)
-    evaluate.train_classifier(judge, images, labels, steps=120)
-    judge.eval()
+    # The shipped classifier, which made the reports, judges 200 samples of each stage.
+    saved = sample.load_checkpoint(sample.SHIPPED)
+    judge, found_hash = evaluate.classifier(saved, TRAINING)
+    report = Path(__file__).parent / "assets/reports/groups1-fitv2-1-10000.json"
+    assert json.loads(report.read_text())["network_hash"] == found_hash
     y = torch.arange(200) % 10
-    dod = sample.load_model(sample.load_checkpoint(sample.SHIPPED))
-    samples, _ = sample.generate(dod, y, 2, sampler=Sampler("euler", 10))
-    seen = [judge(sample.Codec().decode(z0) / 127.5 - 1).argmax(1) for z0 in samples]
+    samples, _ = sample.generate(sample.load_model(saved), y, 2, sampler=Sampler("euler", 10))
+    seen = [judge(PIXELS.decode(z0))[1].argmax(1) for z0 in samples]
     recognised = [(found == y).double().mean().item() for found in seen]
     assert recognised[1] > max(0.6, 1.15 * recognised[0])
 
@@ -1731,8 +1493,9 @@ def main() -> None:
     against a step in which LEM reads every image: a table, all that a first report of a GPU needs.
     """
     parser = sample.Parser(description=main.__doc__)
-    names = ["DoD-S", "DoD-B", "DoD-XL"]
-    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=names)
+    parser.add_argument(
+        "--models", nargs="+", choices=CONFIGS, default=["DoD-S", "DoD-B", "DoD-XL"]
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--eager-only", action="store_true", help="leave out torch.compile")
