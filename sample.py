@@ -155,8 +155,7 @@ def main() -> None:
     # The model, its codec, and how to sample.
     device = pick_device(args.device)
     if args.precision == "tf32":
-        # The VAE's convolutions stay in true fp32, since cuDNN's TF32 is off.
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # not of the VAE: cuDNN's TF32 is off
     checkpoint = load_checkpoint(args.ckpt)  # on the CPU
     model = load_model(checkpoint, device)
     codec = load_codec(args.vae or checkpoint["codec"], device, checkpoint)
@@ -171,7 +170,6 @@ def main() -> None:
         raise UserError("--cfg is for stages with a prior; --cfg-stage1 guides stage 1")
     args.w = [args.cfg_stage1 or 1.0] + [args.cfg or model.config.w] * (stages - 1)
 
-    # A set, or a picture.
     given = (args, checkpoint, model, codec, sampler)
     if args.npz:
         with process_group(torch.device("cpu")):  # ranks share files, not tensors: gloo will do
@@ -235,7 +233,6 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
     """--npz FILE.npz: images of the last stage in one file for guided-diffusion's evaluator, arr_0
     uint8 (n, H, W, 3) and arr_1 their classes, and in a folder FILE as NUMBER-CLASS.png. Image n is
     a function of (seed, n). The ranks take turns in chunks of --batch-size numbers.
-
     With --prior-data, a folder with a folder for each class, prior n is its image
     shuffled_order(count)[n], so those that train.py holds out come first, and image n has the class
     of its prior. The folder FILE-priors gets the priors. Raises UserError for other classes."""
@@ -313,7 +310,6 @@ def bounded(kind: type, low: float, high: float = math.inf) -> Callable:
             raise argparse.ArgumentTypeError(f"{text}: must lie between {low:g} and {high:g}")
         return value
 
-    number.__name__ = kind.__name__  # for argparse's own message, "invalid int value"
     return number
 
 
@@ -370,7 +366,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------ images
 
 
-def draw_grid(out: Path | str, blocks: list[tuple[str, Tensor]], titles: list[str]) -> None:
+def draw_grid(out: Path, blocks: list[tuple[str, Tensor]], titles: list[str]) -> None:
     """Writes images as in Fig. 5: labelled blocks of rows, a column for each title. blocks: (label,
     uint8 (n, channels, rows, columns)), row by row. Small images are enlarged, without smoothing,
     by a whole factor to at least 64 pixels."""
@@ -401,14 +397,13 @@ def draw_grid(out: Path | str, blocks: list[tuple[str, Tensor]], titles: list[st
 
 
 def image_files(folder: Path | str) -> tuple[list[str], list[str], list[int]]:
-    """A folder that has a folder for each class -> the names of the classes, the image files, and
-    the class of each file. No file is opened. Raises FileNotFoundError where images are missing,
-    and UserError for hidden ones: .ipynb_checkpoints would become a class."""
+    """A folder that has a folder for each class -> the names of the classes, the image files, the
+    class of each. Raises FileNotFoundError without images, UserError for those that are hidden."""
     root = str(Path(folder))  # without a slash at its end
     found = ImageFolder(root)
     files = [file for file, _ in found.samples]
     for file in files:
-        if f"{os.sep}." in file[len(root) :]:
+        if f"{os.sep}." in file[len(root) :]:  # .ipynb_checkpoints would become a class
             raise UserError(f"{file} is hidden; remove it from the images")
     return found.classes, files, found.targets
 
@@ -452,7 +447,6 @@ def open_image(path: str | Path, size: int, channels: int) -> Tensor:
 class Codec:
     """Images <-> latents: Stable Diffusion's VAE (section 3.3), diffusers' AutoencoderKL, in fp32,
     256 x 256 x 3 <-> 32 x 32 x 4. Without a VAE the latent is the image itself, in [-1, 1].
-
     CHOICE: the paper does not say which version of the VAE; the README's recipe uses ft-EMA."""
 
     def __init__(self, name: str = "none", device: torch.device | str = "cpu"):
@@ -469,8 +463,7 @@ class Codec:
         try:
             vae, found = AutoencoderKL.from_pretrained(name, **options)
         except OSError as error:
-            where = f"--vae {name} is no folder, nor found on the hub"
-            raise UserError(f"{where}; give its folder with --vae ({error})") from None
+            raise UserError(f"--vae {name} is no folder, nor found on the hub ({error})") from None
         if found["missing_keys"]:
             raise UserError(f"--vae {name} lacks weights, such as {found['missing_keys'][0]}")
         self.scale = float(vae.config.scaling_factor)  # 0.18215 for the VAE of the paper
@@ -483,8 +476,7 @@ class Codec:
             return channels, size
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # all levels but one halve
         if channels != 3 or size % factor:
-            need = f"3 channels and a multiple of {factor} pixels"
-            raise UserError(f"--vae {self.name} needs {need}, not {channels} and {size}")
+            raise UserError(f"--vae {self.name} needs 3 channels and a multiple of {factor} pixels")
         return self.vae.config.latent_channels, size // factor
 
     @torch.no_grad()
@@ -539,8 +531,7 @@ def load_checkpoint(path: Path | str) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         version = checkpoint["format"]
     except Exception as error:  # no such file, a bad zip, a bad pickle, code in a pickle, ...
-        reason = type(error).__name__
-        raise UserError(f"{path} is not a checkpoint of train.py ({reason})") from None
+        raise UserError(f"{path} is no checkpoint of train.py: {type(error).__name__}") from None
     if version != "dod-4":
         raise UserError(f"{path} has the format {version} of another version; here it is dod-4")
     return checkpoint
@@ -567,10 +558,9 @@ def refuse_existing(path: Path | str, suffix: str | None = None) -> None:
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name; what is written there takes the place of `path`, whole or never.
     Raises UserError if the disk is full."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".dod-{path.name}")
     try:
@@ -598,8 +588,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if rank_and_world_size()[1] > 1:
         gpu = device if device.type == "cuda" else None
         # The timeout leaves rank 0 the time to draw and to save, while the others wait.
-        hours = timedelta(hours=2)
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=hours, device_id=gpu)
+        dist.init_process_group("nccl" if gpu else "gloo", None, timedelta(hours=2), device_id=gpu)
     yield
     # Not in a `finally`: after an error there is nobody to wait for.
     barrier()

@@ -1052,7 +1052,7 @@ def test_a_path_leads_from_the_noise_of_each_stage_to_its_sample(ckpt, monkeypat
     ("sample --number 9", "add --npz FILE.npz"),
     ("sample --prior a.png --stages 2", "--stages has no effect"),
     ("sample --vae vae", "another scale or shift than"),
-    ("sample --ckpt code.pt", "code.pt is not a checkpoint"),
+    ("sample --ckpt code.pt", "code.pt is no checkpoint"),
     ("sample --stages 1 --cfg 2", "--cfg-stage1 guides stage 1"),
     ("sample --out data/a/0.png", "data/a/0.png exists"),
     ("evaluate stages --ckpt R/ckpt.pt --out taken.json", "taken.json exists"),
