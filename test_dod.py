@@ -171,6 +171,9 @@ def test_eq2_and_eq4_euler_is_exact_on_straight_paths_and_counts_its_evaluations
 
     # Each step starts where the last one ended: of dx/dt = x, it takes a tenth of what is left.
     assert close(flow.euler(lambda x, t, rows: x, x1, 10)[0], x1 * 0.9**10)
+    for wrong in (partial(flow.euler, straight, x1, 0), partial(flow.guide, x0, x1, 0.99)):
+        with pytest.raises(ValueError, match="at least 1"):
+            wrong()
 
 
 def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
@@ -950,6 +953,11 @@ def test_an_image_is_a_function_of_seed_and_number(monkeypatch):
     last, _ = go(y[2:], prior=prior[2:], start=2, batch_size=2)
     assert all(close(a[2:], b, 1e-6) for a, b in zip(together, last, strict=True))
 
+    # One class leaves stage 1 nothing to guide by; a plain FiTv2 has stage 1 only.
+    for config, words in ({"num_classes": 1}, "nothing to guide by"), ({"N": 0}, "stage 1 only"):
+        with pytest.raises(UserError, match=words):
+            sample.generate(awake(replace(TINY, **config)), y, w=[2.0, 2.0])
+
     # Latents that would decode to black are refused.
     with pytest.raises(FloatingPointError, match="not finite"):
         PIXELS.decode(torch.tensor([0.5, math.nan]).view(2, 1, 1, 1))
@@ -1045,11 +1053,15 @@ def test_a_path_leads_from_the_noise_of_each_stage_to_its_sample(ckpt, monkeypat
 @pytest.mark.parametrize("argv, words", [
     ("train --data data --held-out 0.9", "lower --held-out"),
     ("train --data hidden", "0.png is hidden"),
+    ("train --data nowhere", "No such file or directory: 'nowhere'"),
+    ("train --device cuda:99", "device cuda:99 is not available here"),
     ("train --p-s 0", "--p-s 0.0 leaves S without an image"),
     ("train --out R", "R has files already"),
     ("sample --number 9 --npz data.npz", "data exists already; give another name"),
     ("sample --npz a.npz --prior-data data", "has other classes than"),
     ("sample --number 9", "add --npz FILE.npz"),
+    ("sample --npz R/a.txt", "R/a.txt should end in .npz"),
+    ("sample --classes a", "class 'a' is unknown"),
     ("sample --prior a.png --stages 2", "--stages has no effect"),
     ("sample --vae vae", "another scale or shift than"),
     ("sample --ckpt code.pt", "code.pt is no checkpoint"),
@@ -1057,6 +1069,7 @@ def test_a_path_leads_from_the_noise_of_each_stage_to_its_sample(ckpt, monkeypat
     ("sample --out data/a/0.png", "data/a/0.png exists"),
     ("evaluate stages --ckpt R/ckpt.pt --out taken.json", "taken.json exists"),
     ("evaluate stages --ckpt other.pt", "has not the images"),
+    ("evaluate curves good.npz", "good.npz is not a report"),
     ("evaluate samples --ref short.npz --samples good.npz", "is not a complete .npz"),
     ("evaluate samples --ref good.npz --samples float.npz", "not float64 (5, 9, 9, 3)"),
     ("evaluate samples --ref good.npz --samples few.npz", "few.npz has 3 images"),
