@@ -193,7 +193,7 @@ def inception(path: str | None, device: torch.device) -> Callable:
         outputs = ["2048", "logits_unbiased"]
         network = library.FeatureExtractorInceptionV3("inception", outputs, file).to(device)
     except Exception as error:
-        raise UserError(f"put Inception's {file} there, or use --inception ({error})") from None
+        raise UserError(f"no weights of Inception: {file}; see --inception ({error})") from None
 
     # The library returns no spatial features: a hook reads them on their way through the network.
     spatial = []
@@ -227,7 +227,7 @@ def train_classifier(network: nn.Module, images: Array, y: Array, steps: int = 5
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for _ in tqdm(range(steps), "training the classifier", leave=False, disable=None):
         # Each image has its own level of noise.
-        batch = torch.randint(len(images), (128,))  # (128,)
+        batch = torch.randint(len(images), (128,))  # numbers of images
         noise = 24 * torch.rand(128, 1, 1, 1) * torch.randn(128, *images.shape[1:])
         optimizer.zero_grad()
         F.cross_entropy(network((images[batch] + noise) / 127.5 - 1), y[batch]).backward()
@@ -249,7 +249,7 @@ def classifier(checkpoint: dict, training: Labelled) -> tuple[Callable, str]:
     network = build_classifier(checkpoint["image_size"], checkpoint["channels"], classes)
     key = repr([checkpoint[name] for name in ("fingerprint", "image_size", "channels", "held_out")])
     file = Path(f"out/classifier-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt")
-    shipped = SHIPPED.with_name(file.name)  # that of the letters, for another CPU learns another
+    shipped = SHIPPED.with_name(file.name)  # since another CPU would learn another
     if shipped.exists() or file.exists():
         file = shipped if shipped.exists() else file
         network.load_state_dict(torch.load(file, weights_only=True))
@@ -406,7 +406,9 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
         raise UserError(f"--cache {args.cache} has no latents.fp16; train.py --cache makes it")
     training, held_out, fingerprint = open_data(argparse.Namespace(**settings), codec)
     if fingerprint != checkpoint["fingerprint"]:
-        raise UserError(f"{settings['data']} has not the images that {args.ckpt} was trained on")
+        raise UserError(
+            f"{settings['data']} does not have the images that {args.ckpt} was trained on"
+        )
     # Reports and figures need what the checkpoint says of itself, but not its weights.
     about = {key: checkpoint[key] for key in checkpoint.keys() - {"ema", "model", "optimizer"}}
     return about, model, codec, training, held_out
@@ -496,11 +498,12 @@ def stages(args: argparse.Namespace) -> None:
         z0 = z0_first
         for stage in range(1, count):
             prior = z0
-            row, _, z0, fake = draw_stage(args, run, w, stage, prior, row.get("gflops"))
+            row, _, z0, fake = draw_stage(args, run, w, stage, prior, row["gflops"])
 
             # Its spread: the first 200 priors once more, with other noise.
             labels = run.labels[:200]
-            (again,), _ = generate(run.model, labels, 1, [w], other_noise, 0, prior[:200])
+            size = args.batch_size
+            (again,), _ = generate(run.model, labels, 1, [w], other_noise, 0, prior[:200], size)
             again = measure(run.codec.decode(again).cpu(), run.network, "fresh noise")
             row["spread"] = spread(fake.pool[:200], again.pool, labels.cpu())
 
@@ -525,8 +528,10 @@ def reconstruct(args: argparse.Namespace) -> None:
 
 
 def samples(args: argparse.Namespace) -> None:
-    """Table 5: --samples against --ref. With --paired, image n of --ref is the prior of image n of
-    --samples, as sample.py --prior-data writes them: PSNR and SSIM, and the FID is the rFID."""
+    """Table 5: the images of --samples against those of --ref.
+
+    With --paired, image n of --ref is the prior of image n of --samples, as sample.py --prior-data
+    writes them: PSNR and SSIM, and the FID is the rFID."""
     # Files are looked at before the network. A reference may hold the moments of a whole data set.
     fake_items, _ = open_images(Path(args.samples))
     real_items, moments = open_images(Path(args.ref))
@@ -564,12 +569,13 @@ def samples(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def probe(args: argparse.Namespace) -> None:
-    """Table 2, right: linear probes of LEM's latent tokens, top-1 on held-out images. CHOICE: of
-    their mean and of all of them; the paper does not say how it pools them. Raises UserError
-    without LEM, for images of one class, or if --cache has latents of other images."""
+    """Table 2, right: linear probes of LEM's latent tokens, top-1 on held-out images.
+
+    CHOICE: of their mean and of all of them; the paper does not say how it pools them. Raises
+    UserError without LEM, for images of one class, or if --cache has latents of other images."""
     checkpoint, model, codec, training, held_out = open_run(args, needs_lem=True)
-    if len(training.original_classes) < 2:
-        raise UserError(f"{args.ckpt} knows images of one class: there is nothing to probe")
+    if len(training.original_classes) < 2 or not len(held_out):
+        raise UserError(f"{args.ckpt} has one class or no held-out images: there is no probe")
 
     def tokens(data):
         """-> l_hat (n, N, d_e) of the first --num images, and their original classes (n,)."""
@@ -611,6 +617,8 @@ def read_report(path: str) -> dict:
         found = {}
     if found.get("command") != "stages":
         raise UserError(f"{path} is not a report of `evaluate.py stages`")
+    if not found["N"]:  # FiTv2 has no LEM
+        found |= {"lem_lr_factor": None, "p_s": None, "prior_from": None}
     found["images"] = found["step"] * found["batch_size"]  # seen in training
     found["classes"] = found["num_classes"]  # those that the model knows, in place of names
     return found
@@ -721,7 +729,7 @@ def scales(text: str) -> list[float]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags: a subparser for each command, which is the function of that name."""
-    parser = Parser()
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     natural = bounded(int, 1)
     for function in (stages, reconstruct, samples, probe, curves):

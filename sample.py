@@ -51,7 +51,7 @@ class Sampler:
     solver: str = "dopri5"  # RK45 (section 3.3), or "euler": Euler's method (Table 4)
     steps: int = 50  # Euler's steps in each stage; RK45 chooses its own
     seed: int = 0  # the noise of image n is a function of (seed, n, stage)
-    first_stage: int = 0  # stages already done: generate's stage i uses noise first_stage + i
+    first_stage: int = 0  # stages already done, so that the next one gets noise of its own
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def main() -> None:
     # The model, its codec, and how to sample.
     device = pick_device(args.device)
     if args.precision == "tf32":
-        torch.set_float32_matmul_precision("high")  # not of the VAE: cuDNN's TF32 is off
+        torch.set_float32_matmul_precision("high")  # not of convolutions, those of the VAE
     checkpoint = load_checkpoint(args.ckpt)  # on the CPU
     model = load_model(checkpoint, device)
     codec = load_codec(args.vae or checkpoint["codec"], device, checkpoint)
@@ -181,9 +181,9 @@ def main() -> None:
 
 
 def draw_samples(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
-    """Draws what one model makes of the same noise: a column a class, a block of rows for stage 1,
-    for stage 1 guided by the class, and for each later stage, guided by class and prior, or for
-    each image of --prior, which is the block's first row."""
+    """Draws what one model makes of one seed: a column a class, a block of rows for stage 1, for
+    stage 1 guided by the class (the same noise), and for each later stage, guided by class and
+    prior, or for each image of --prior, which is the block's first row."""
     y = torch.tensor(args.classes * args.per_class, device=model.device)
     draw = partial(generate, model, y, sampler=sampler, batch_size=args.batch_size)
     samples, _ = draw(1, [1.0]) if args.prior else draw(len(args.w), [1.0, *args.w[1:]])
@@ -323,7 +323,7 @@ def parse_classes(text: str, names: list[str]) -> list[int]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags. Raises UserError for those that have no effect."""
+    """The flags. Raises UserError for mistakes that would go unnoticed."""
     parser = Parser(description=__doc__.splitlines()[0])
     natural = bounded(int, 1)
     scale = bounded(float, 1)
@@ -352,7 +352,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--number", type=natural, default=50_000, help="images in the set, at most all priors")
     add("--prior-data", type=Path, help="priors: images in a folder for each class")
 
-    # Mistakes that would go unnoticed.
     args = parser.parse_args(argv)
     if not args.npz and (args.prior_data or args.number != parser.get_default("number")):
         raise UserError("--number and --prior-data are for sets of samples: add --npz FILE.npz")
@@ -360,6 +359,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("--out is for a single picture; --npz names the files of a set")
     if args.stages and (args.prior or args.prior_data):
         raise UserError("--stages has no effect where priors are given: they take one stage")
+    if args.prior_data and (args.classes or args.cfg_stage1):
+        raise UserError(
+            "--prior-data gives the classes, and --cfg the guidance: no other flag does"
+        )
     return args
 
 

@@ -1060,7 +1060,7 @@ def test_a_path_leads_from_the_noise_of_each_stage_to_its_sample(ckpt, monkeypat
     ("sample --number 9 --npz data.npz", "data exists already; give another name"),
     ("sample --npz a.npz --prior-data data", "has other classes than"),
     ("sample --number 9", "add --npz FILE.npz"),
-    ("sample --npz R/a.txt", "R/a.txt should end in .npz"),
+    ("sample --number 9 --npz R/a.txt", "R/a.txt should end in .npz"),
     ("sample --classes a", "class 'a' is unknown"),
     ("sample --prior a.png --stages 2", "--stages has no effect"),
     ("sample --vae vae", "another scale or shift than"),
@@ -1068,7 +1068,7 @@ def test_a_path_leads_from_the_noise_of_each_stage_to_its_sample(ckpt, monkeypat
     ("sample --stages 1 --cfg 2", "--cfg-stage1 guides stage 1"),
     ("sample --out data/a/0.png", "data/a/0.png exists"),
     ("evaluate stages --ckpt R/ckpt.pt --out taken.json", "taken.json exists"),
-    ("evaluate stages --ckpt other.pt", "has not the images"),
+    ("evaluate stages --ckpt other.pt", "does not have the images"),
     ("evaluate curves good.npz", "good.npz is not a report"),
     ("evaluate samples --ref short.npz --samples good.npz", "is not a complete .npz"),
     ("evaluate samples --ref good.npz --samples float.npz", "not float64 (5, 9, 9, 3)"),
@@ -1481,7 +1481,7 @@ def test_fig2_curves_average_seeds_each_at_its_best_scale_by_training_fid(tmp_pa
 
 
 def test_the_shipped_weights_show_the_paper_s_effect():
-    # The shipped classifier, which made the reports, judges 200 samples of each stage.
+    # The shipped classifier, which made the latest reports, judges 200 samples of each stage.
     saved = sample.load_checkpoint(sample.SHIPPED)
     judge, found_hash = evaluate.classifier(saved, TRAINING)
     report = Path(__file__).parent / "assets/reports/groups1-fitv2-1-10000.json"

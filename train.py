@@ -157,7 +157,8 @@ def train(args: argparse.Namespace) -> None:
             try:
                 x, y = next(images)
             except Exception as error:
-                # The finished steps are saved first, unless rank 0 does so. All have these weights.
+                # The finished steps are saved first, by the rank that failed, for all have the same
+                # weights; but not if rank 0 has just saved them, or is about to.
                 if (step - 1) % args.save_every and all(norm.isfinite() for _, _, norm in results):
                     save_checkpoint(run.out / "ckpt.pt", run.facts, step - 1, run.modules)
                 # A traceback would keep the loader's workers alive; the error's text has theirs.
@@ -276,7 +277,7 @@ def set_up(args: argparse.Namespace) -> Run:
     device = pick_device(args.device)
     # CHOICE: on a GPU, training computes in bf16, as in FiTv2's configuration (--precision), and in
     # TF32 what autocast leaves in fp32. The VAE, too: in true fp32, encoding would take several
-    # times as long as the step. Sampling and evaluation stay in fp32.
+    # times as long as the step. Evaluation is in fp32, and sampling by default.
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
 
@@ -591,7 +592,7 @@ def open_data(args: argparse.Namespace, codec: Codec) -> tuple[Labelled, Labelle
         return load_data(args.data, *shape, args.held_out, args.class_groups)
     file = Path(args.cache) / "latents.fp16"
     settings = {"data": str(Path(args.data).resolve()), "image_size": args.image_size}
-    settings |= {"vae": codec.name, "scale": codec.scale}
+    settings |= {"vae": codec.name, "scale": codec.scale, "shift": codec.shift}
     missing = not file.exists()
     barrier()  # all ranks have looked before one of them begins to write
     if missing:
@@ -613,7 +614,8 @@ def open_data(args: argparse.Namespace, codec: Codec) -> tuple[Labelled, Labelle
 
 # -------------------------------------------------------------------------- checkpoints and the log
 
-# The flags on which the result of a run depends. A resumed run has to repeat them.
+# The flags, besides those in Config, on which the result of a run depends. A resumed run has to
+# repeat them.
 RECORDED = """
     image_size channels held_out batch_size lr lem_lr_factor warmup p_s flip seed precision
     ema_decay
@@ -646,7 +648,7 @@ def save_checkpoint(path: Path, facts: dict, step: int, modules: dict) -> None:
 
 def resume(path: Path, modules: dict, facts: dict) -> int:
     """Loads a checkpoint into a run's modules -> its step. UserError if it is another run's."""
-    # Compare every setting its result depends on. Data and VAE may have moved.
+    # Compare every setting its result depends on. Data and VAE may have moved, without --cache.
     saved = load_checkpoint(path)
     before = saved | saved["config"]
     free = ("data", "codec", "config", "w", "fingerprint")
@@ -676,7 +678,7 @@ def summarise(run: Run, step: int, results: list[tuple]) -> dict:
         raise FloatingPointError(f"{what} is not finite; {last}; try a lower --lr")
     record = {"step": step, "loss": losses.mean().item()}
 
-    # Means over the images with their prior and over those with S, as many in each step.
+    # Means over the images with their prior and over those with S, whose numbers never change.
     args = run.args
     sums = sum_over_ranks(sums).mean(0).tolist()
     if args.latent_tokens:
@@ -763,7 +765,7 @@ def plot_log(log: Path, out: Path) -> None:
 # ------------------------------------------------------------------------------------------ command
 
 # Defaults that depend on --data, --vae and --model. FOLDER serves any folder of images. w, the
-# guidance scale, of the letters: the best of a scan against training images, not held-out ones.
+# guidance scale, of the letters: the best of a scan at one rate; at a quarter w = 3 is slightly better.
 LETTER_DATA = dict(image_size=16, channels=1, patch_size=4, flip=False, w=2.0)
 FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, w=3.5)
 IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, w=5.5)  # with --vae
@@ -779,7 +781,10 @@ PAPER = dict(batch_size=256, lr=1e-4, lem_lr_factor=1.0, warmup=0, steps=400_000
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags. Those without a default here get it from the tables above."""
-    parser = Parser(epilog="A default of None is replaced to suit --data, --vae and --model.")
+    parser = Parser(
+        description=__doc__.splitlines()[0],
+        epilog="A default of None is replaced to suit --data, --vae and --model.",
+    )
     switch = argparse.BooleanOptionalAction
     share = bounded(float, 0, 1)
     natural = bounded(int, 1)
@@ -801,7 +806,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--prior-from", choices=["lem", "patches", "means"], default="lem", help="see lem.py")
     add("--class-groups", type=natural, help="K: merge neighbouring classes; 1: unconditional")
     add("--flip", action=switch, help="mirror images at random")
-    add("--held-out", type=bounded(float, 0, 0.9), default=0.1, help="share, up to 5000 images")
+    add("--held-out", type=bounded(float, 0, 0.9), default=0.1, help="share, at most 5000 images")
 
     # The training itself, sections 3.3 and 4.1.
     add("--steps", type=natural, help="training steps")
