@@ -181,9 +181,8 @@ def main() -> None:
 
 
 def draw_samples(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
-    """Draws what one model makes of one seed: a column a class, a block of rows for stage 1, for
-    stage 1 guided by the class (the same noise), and for each later stage, guided by class and
-    prior, or for each image of --prior, which is the block's first row."""
+    """Draws one seed's samples: a column a class; a block of rows for stage 1, for stage 1 guided
+    by the class, and for each later stage, or for each image of --prior, which is its first row."""
     y = torch.tensor(args.classes * args.per_class, device=model.device)
     draw = partial(generate, model, y, sampler=sampler, batch_size=args.batch_size)
     samples, _ = draw(1, [1.0]) if args.prior else draw(len(args.w), [1.0, *args.w[1:]])
@@ -270,7 +269,6 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
         for n, image in zip(chunk, images.cpu().numpy(), strict=True):
             Image.fromarray(image).save(where / pictures[n], compress_level=1)
 
-    # This rank's share.
     side = checkpoint["image_size"]
     prior = None
     chunks = [range(len(y))[i : i + args.batch_size] for i in range(0, len(y), args.batch_size)]
@@ -357,12 +355,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("--number and --prior-data are for sets of samples: add --npz FILE.npz")
     if args.npz and args.out:
         raise UserError("--out is for a single picture; --npz names the files of a set")
-    if args.stages and (args.prior or args.prior_data):
-        raise UserError("--stages has no effect where priors are given: they take one stage")
-    if args.prior_data and (args.classes or args.cfg_stage1):
-        raise UserError(
-            "--prior-data gives the classes, and --cfg the guidance: no other flag does"
-        )
+    replaced = args.stages or args.classes or args.cfg_stage1
+    if (args.prior and args.stages) or (args.prior_data and replaced):
+        raise UserError("given priors take one stage, guided by --cfg; --prior-data gives classes")
     return args
 
 

@@ -1062,7 +1062,7 @@ def test_a_path_leads_from_the_noise_of_each_stage_to_its_sample(ckpt, monkeypat
     ("sample --number 9", "add --npz FILE.npz"),
     ("sample --number 9 --npz R/a.txt", "R/a.txt should end in .npz"),
     ("sample --classes a", "class 'a' is unknown"),
-    ("sample --prior a.png --stages 2", "--stages has no effect"),
+    ("sample --prior a.png --stages 2", "given priors take one stage"),
     ("sample --vae vae", "another scale or shift than"),
     ("sample --ckpt code.pt", "code.pt is no checkpoint"),
     ("sample --stages 1 --cfg 2", "--cfg-stage1 guides stage 1"),

@@ -765,7 +765,7 @@ def plot_log(log: Path, out: Path) -> None:
 # ------------------------------------------------------------------------------------------ command
 
 # Defaults that depend on --data, --vae and --model. FOLDER serves any folder of images. w, the
-# guidance scale, of the letters: the best of a scan at one rate; at a quarter w = 3 is slightly better.
+# guidance scale, of the letters: the best of a scan at one rate; at a quarter 3 is a bit better.
 LETTER_DATA = dict(image_size=16, channels=1, patch_size=4, flip=False, w=2.0)
 FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, w=3.5)
 IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, w=5.5)  # with --vae
