@@ -763,6 +763,7 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
     flags = [*QUICK, "--latent-tokens", 0, "--steps", 2, "--out", tmp_path / "fit"]
     assert run(train, *flags) == 0
     assert records_of(tmp_path / "fit", *keys)[-1].count(None) == 3
+    assert sample.load_checkpoint(tmp_path / "fit/ckpt.pt")["step"] == 2  # the last, saved always
 
     # A milestone is sampled from like ckpt.pt. The image of the default name is replaced.
     monkeypatch.chdir(tmp_path)
@@ -886,7 +887,7 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
         assert f"was made with {key.replace('-', '_')} " in capfd.readouterr().err
 
 
-def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae):
+def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae, tmp_path):
     # 40 images at once here, 32 at a time there.
     codec = sample.load_codec(vae)
     generator = torch.Generator().manual_seed(0)
@@ -901,6 +902,14 @@ def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae):
     pixels = codec.vae.decode(expected / 3 + 0.5).sample
     wrong = codec.decode(expected).int() - (127.5 * pixels + 128).clamp(0, 255).int()
     assert wrong.abs().max() <= 1 and (wrong != 0).double().mean() < 0.01
+
+    # A VAE without some of its weights is refused: the library would leave them random.
+    safetensors = pytest.importorskip("safetensors.torch")
+    (weights,) = Path(shutil.copytree(vae, tmp_path / "half")).glob("*.safetensors")
+    kept = {key: x for key, x in safetensors.load_file(weights).items() if "decoder" not in key}
+    safetensors.save_file(kept, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="lacks weights, such as decoder."):
+        sample.load_codec(str(tmp_path / "half"))
 
 
 @torch.no_grad()
