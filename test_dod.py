@@ -419,6 +419,13 @@ def test_the_demonstrations_run(tmp_path, monkeypatch, capsys):
     model.print_table_1()
     assert re.search(r"85.71 M(.|\n)*DoD-B .* 243.4 +62.3 +3.81\n", capsys.readouterr().out)
 
+    # The benchmark of this file, without its matrix product.
+    monkeypatch.setattr(train, "matrix_rate", lambda *given: 1e12)
+    flags = ["--models", "DoD-Ti", "FiTv2-Ti", "--batch-size", "2", "--eager-only"]
+    monkeypatch.setattr(sys, "argv", ["test_dod.py", *flags, "--device", "cpu"])
+    main()
+    assert re.search(r"\nDoD-Ti .* of ours\nFiTv2-Ti .* -\n", capsys.readouterr().out)
+
 
 # A run of six steps on letters of 8 x 8 pixels.
 QUICK = """
@@ -1547,7 +1554,7 @@ def main() -> None:
         x0, x1, y, t = (x.to(device) for x in batch(args.batch_size, config))
         kept = torch.arange(1, len(y), 2, device=device)  # every second image
         kept = kept if config.N else kept[:0]
-        state = (network, modules["ema"], modules["optimizer"], (x0, x1, t, y), [kept], 1, cuda)
+        state = (network, modules["ema"], modules["optimizer"], (x0, x1, t, y), kept, 1, cuda)
         step = partial(train.training_step, *state)
 
         # The peak is read before the reference step, which needs more memory.
