@@ -415,7 +415,7 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
 
 
 @dataclass
-class Run:
+class Evaluation:
     """A model, and the n held-out images that its samples are compared with."""
 
     checkpoint: dict  # what it says of itself, without weights
@@ -431,7 +431,7 @@ class Run:
     rows: list[dict]  # of the report
 
 
-def start_run(args: argparse.Namespace, needs_lem: bool) -> Run:
+def start_run(args: argparse.Namespace, needs_lem: bool) -> Evaluation:
     """Measures held-out images and, for the first row, training images in place of samples.
     CHOICE: the reference is 1,000 held-out images (--num), and the samples get their classes; the
     paper compares 50,000 samples of random classes with ImageNet's training images."""
@@ -451,14 +451,14 @@ def start_run(args: argparse.Namespace, needs_lem: bool) -> Run:
     training = measure(others, network, "training images")
     rows = [{"what": "training images"} | compare(held_out, training)]
     labels = labels.to(model.device)
-    return Run(
+    return Evaluation(
         checkpoint, model, codec, sampler, images, labels, network, network_hash, held_out,
         training, rows,
     )  # fmt: skip
 
 
 def draw_stage(
-    args: argparse.Namespace, run: Run, w: float, stage: int = 0,
+    args: argparse.Namespace, run: Evaluation, w: float, stage: int = 0,
     prior: torch.Tensor | None = None, gflops: float = 0.0,
 ) -> tuple[dict, torch.Tensor, torch.Tensor, Features]:  # fmt: skip
     """Draws samples of the run's classes in stage 0, 1, ... and adds their row -> row, images,
@@ -712,7 +712,7 @@ def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
     print(f"wrote {args.out}")
 
 
-def finish(args: argparse.Namespace, run: Run) -> None:
+def finish(args: argparse.Namespace, run: Evaluation) -> None:
     """What `stages` and `reconstruct` leave: the curves over w and the report."""
     draw_curves(args.out.with_suffix(".png"), run.rows[1:], "w", run.rows[0]["fid"])
     facts = {"count": len(run.images), "network_hash": run.network_hash}
