@@ -1502,9 +1502,10 @@ def test_fig2_curves_average_seeds_each_at_its_best_scale_by_training_fid(tmp_pa
         assert run(evaluate, "curves", *paths, "changed.json") == 2
 
 
-def test_the_shipped_weights_show_the_paper_s_effect():
+def test_the_shipped_weights_show_the_paper_s_effect(monkeypatch):
     # The shipped classifier, which made the latest reports, judges 200 samples of each stage.
     saved = sample.load_checkpoint(sample.SHIPPED)
+    monkeypatch.setattr(evaluate, "train_classifier", None)  # no other one is trained
     judge, found_hash = evaluate.classifier(saved, TRAINING)
     report = Path(__file__).parent / "assets/reports/groups1-fitv2-1-10000.json"
     assert json.loads(report.read_text())["network_hash"] == found_hash
