@@ -740,6 +740,11 @@ def test_nothing_bad_takes_the_place_of_a_checkpoint(monkeypatch, tmp_path, capf
     assert "the loss of step 5 (or its gradient) is not finite" in capfd.readouterr().err
     assert sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
 
+    # A finite loss may have a gradient that is not.
+    results = [(torch.zeros(()), torch.zeros(2), torch.tensor(math.inf))]
+    with pytest.raises(FloatingPointError, match="step 7 "):
+        train.summarise(Namespace(out="run"), 7, results)
+
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_finished_is_saved_before_an_error_ends_a_run(workers, tmp_path, capfd):
