@@ -1346,7 +1346,10 @@ def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_
     expected |= {"gflops": (2 * macs["s"] + 2 * later) / 1e9}
     assert rows[5] == pytest.approx(expected, rel=1e-5)
 
-    # Each stage is a curve, guided and not.
+    # The report says how it came about, without weights. Each stage is a curve, guided and not.
+    found = json.loads(Path("out/stages.json").read_text())
+    assert found["commit"] and found["network_hash"] and found["checkpoint"]["fingerprint"]
+    assert not found["checkpoint"].keys() & {"ema", "model", "optimizer"}
     assert len(rows_of("curves", "out/stages.json")) == 6
 
 
@@ -1480,6 +1483,12 @@ def test_table5_samples_are_compared_with_images_and_moments(tmp_path, monkeypat
     expected["psnr"] = evaluate.psnr(x[:9], x[9:]).mean().item()
     expected["ssim"] = evaluate.ssim(x[:9], x[9:]).mean().item()
     assert row == pytest.approx(expected)
+
+    # Images of several sizes have no features in common; a damaged network's are not finite.
+    with pytest.raises(UserError, match="images of one size"):
+        evaluate.measure([x[0], x[0, :, 1:]], thin, "mixed")
+    with pytest.raises(UserError, match="features are not finite"):
+        evaluate.measure(x, lambda images: thin(images / 0), "black")
 
 
 def test_fig2_curves_average_seeds_each_at_its_best_scale_by_training_fid(tmp_path, monkeypatch):
