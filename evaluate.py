@@ -250,8 +250,9 @@ def classifier(checkpoint: dict, training: Labelled) -> tuple[Callable, str]:
     key = repr([checkpoint[name] for name in ("fingerprint", "image_size", "channels", "held_out")])
     file = Path(f"out/classifier-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt")
     shipped = SHIPPED.with_name(file.name)  # since another CPU would learn another
-    if shipped.exists() or file.exists():
-        file = shipped if shipped.exists() else file
+    if shipped.exists():
+        file = shipped
+    if file.exists():
         network.load_state_dict(torch.load(file, weights_only=True))
     else:
         images, _, original_labels = take_images(training, 10_000)
@@ -406,9 +407,7 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
         raise UserError(f"--cache {args.cache} has no latents.fp16; train.py --cache makes it")
     training, held_out, fingerprint = open_data(argparse.Namespace(**settings), codec)
     if fingerprint != checkpoint["fingerprint"]:
-        raise UserError(
-            f"{settings['data']} does not have the images that {args.ckpt} was trained on"
-        )
+        raise UserError(f"{settings['data']} does not have the images of the run of {args.ckpt}")
     # Reports and figures need what the checkpoint says of itself, but not its weights.
     about = {key: checkpoint[key] for key in checkpoint.keys() - {"ema", "model", "optimizer"}}
     return about, model, codec, training, held_out
@@ -502,8 +501,8 @@ def stages(args: argparse.Namespace) -> None:
 
             # Its spread: the first 200 priors once more, with other noise.
             labels = run.labels[:200]
-            size = args.batch_size
-            (again,), _ = generate(run.model, labels, 1, [w], other_noise, 0, prior[:200], size)
+            settings = (other_noise, 0, prior[:200], args.batch_size)
+            (again,), _ = generate(run.model, labels, 1, [w], *settings)
             again = measure(run.codec.decode(again).cpu(), run.network, "fresh noise")
             row["spread"] = spread(fake.pool[:200], again.pool, labels.cpu())
 
@@ -752,7 +751,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--solver", choices=["euler", "dopri5"], default="euler", help="Euler or RK45")
             add("--steps", type=natural, default=20, help="Euler steps in each stage")
             add("--batch-size", type=natural, default=64, help="images at a time")
-            add("--seed", type=bounded(int, 0), default=0, help="the same seed draws the same")
+            add("--seed", type=bounded(int, 0), default=0, help="of the noise")
         if function == stages:
             add("--stages", type=natural, help="default: 3, without LEM 1")
             add("--cfg-stage1", type=scales, default="1.5,2,3,4", help="class guidance, or none")

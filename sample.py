@@ -258,8 +258,9 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
         refuse_existing(args.npz, ".npz")
         refuse_existing(folder)
         refuse_existing(priors)
-        (priors if args.prior_data else folder).mkdir(parents=True)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True)
+        if args.prior_data:
+            priors.mkdir()
         facts = vars(args) | {"step": checkpoint["step"]}
         (folder / "about.json").write_text(json.dumps(facts, indent=1, default=str))
     barrier()  # until the folders are there
