@@ -2,28 +2,26 @@
 
 The formulas behind Fig. 4 and Tables 2 to 5 come first. FID compares features of Inception, which
 was trained on ImageNet; for images below 64 pixels, those of a small classifier that is trained on
-the run's own images, and then FID is on a scale of its own. Samples are compared with held-out
-images. Choose w by the FID against training images, and report the one against held-out images. In
-a table's first row, training images take the place of samples: its FID is the level to aim for.
+the run's own images, on a scale of its own. Choose w by the FID against training images, and report
+the one against held-out images. The first row of a table is the level to aim for: in it, training
+images take the place of samples.
 
 Images are uint8 (n, channels, height, width); D features, K classes.
 
     python evaluate.py stages                    # Fig. 4, right, for the run in out/letters
     python evaluate.py reconstruct               # Fig. 4, left: held-out images are the priors
     python evaluate.py probe                     # Table 2, right: the class in LEM's tokens
-    python evaluate.py curves a.json b.json      # Fig. 2, left: FID over training images
     python evaluate.py samples --ref VIRTUAL_imagenet256_labeled.npz --samples samples.npz
 """
 
 import argparse
 import hashlib
 import json
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -35,7 +33,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import FiTv2, UserError, count_macs, stage_macs
+from model import FiTv2, UserError
 from sample import (
     SHIPPED, Codec, Parser, Sampler, bounded, generate, load_checkpoint, load_codec, load_image,
     load_model, pick_device, rank_and_world_size, refuse_existing, replacing, run_command,
@@ -165,8 +163,7 @@ def spread(one: torch.Tensor, again: torch.Tensor, y: torch.Tensor) -> float:
     """How free a prior leaves its image. Features (n, D) of two images of each of n priors, from
     different noise -> mean distance between images of one prior, divided by that between images of
     different priors and the same class y (n,). 0: the prior fixes the image; 1: it fixes nothing.
-    y is the class that the model knows. With fewer, the images of a class differ more, so spreads
-    of models with different numbers of classes cannot be compared. NaN: no two images share one."""
+    Models with different numbers of classes cannot be compared. NaN: no two images share one."""
     distances = torch.cdist(one.cpu().double(), again.cpu().double())  # (n, n)
     same_class = y[:, None] == y
     same_class.fill_diagonal_(False)  # but not of one prior
@@ -185,15 +182,14 @@ def inception(path: str | None, device: torch.device) -> Callable:
     channels of Mixed_6d, 17 x 17, channels last. Raises UserError without the weights."""
     from torch_fidelity import feature_extractor_inceptionv3 as library
 
-    file = path or f"{torch.hub.get_dir()}/checkpoints/weights-inception-2015-12-05-6726825d.pth"
     try:
-        if not path:  # downloads it unless it is there
-            torch.hub.load_state_dict_from_url(library.URL_INCEPTION_V3, weights_only=True)
-        torch.load(file, weights_only=True)  # refuses code, which the library would run
+        if path:
+            torch.load(path, weights_only=True)  # refuses code, which the library would run
         outputs = ["2048", "logits_unbiased"]
-        network = library.FeatureExtractorInceptionV3("inception", outputs, file).to(device)
+        network = library.FeatureExtractorInceptionV3("inception", outputs, path).to(device)
     except Exception as error:
-        raise UserError(f"no weights of Inception: {file}; see --inception ({error})") from None
+        what = f"no weights of Inception: {path or library.URL_INCEPTION_V3}"
+        raise UserError(f"{what}; see --inception ({error})") from None
 
     # The library returns no spatial features: a hook reads them on their way through the network.
     spatial = []
@@ -226,9 +222,9 @@ def train_classifier(network: nn.Module, images: Array, y: Array, steps: int = 5
     torch.set_num_threads(1)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for _ in tqdm(range(steps), "training the classifier", leave=False, disable=None):
-        # Each image has its own level of noise.
         batch = torch.randint(len(images), (128,))  # numbers of images
-        noise = 24 * torch.rand(128, 1, 1, 1) * torch.randn(128, *images.shape[1:])
+        level = 24 * torch.rand(128, 1, 1, 1)  # of the noise, one for each image
+        noise = level * torch.randn(128, *images.shape[1:])
         optimizer.zero_grad()
         F.cross_entropy(network((images[batch] + noise) / 127.5 - 1), y[batch]).backward()
         optimizer.step()
@@ -280,20 +276,18 @@ def take_images(data: Labelled, count: int, start: int = 0) -> tuple[torch.Tenso
     numbers = range(start, min(start + count, len(data)))
     if len(numbers) < 4:
         raise UserError(f"{len(numbers)} images, at least 4 are needed; see train.py --held-out")
-    items = [data[i, False] for i in numbers]
-    labels = torch.tensor([label for _, label in items])
-    original_labels = torch.tensor([int(data.original_labels[i]) for i in numbers])
-    return torch.stack([image for image, _ in items]), labels, original_labels
+    images, labels = zip(*[data[i, False] for i in numbers], strict=True)
+    original_labels = torch.from_numpy(data.original_labels[numbers.start : numbers.stop])
+    return torch.stack(images), torch.tensor(labels), original_labels
 
 
 def open_images(path: Path) -> tuple[list[Path] | np.ndarray, dict[str, np.ndarray]]:
-    """A folder of images, or an .npz like guided-diffusion's -> what read_images reads, and the
-    moments mu, sigma, mu_s, sigma_s that an .npz may have. Raises UserError that names the fault.
-    """
+    """A folder of images, or an .npz like guided-diffusion's -> what read_images reads, and moments
+    that an .npz may have: mu, sigma, mu_s, sigma_s. Raises UserError that names the fault."""
     moments = {}
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-        items = [file for file in files if file.name[0] != "."]
+        files = path.rglob("[!.]*")  # those that are not hidden
+        items = sorted(file for file in files if file.suffix.lower() in IMG_EXTENSIONS)
     else:
         try:
             with np.load(path) as file:
@@ -339,7 +333,7 @@ class Features:
 @torch.no_grad()
 def measure(images: Iterable, network: Callable, what: str) -> Features:
     """Passes images through a network, 64 at a time. what: their name in messages. Raises UserError
-    unless they have one size, and finite features."""
+    unless they have one size."""
     parts = []
     shapes = set()
     for batch in in_batches(tqdm(images, f"features of {what}", leave=False, disable=None)):
@@ -348,11 +342,8 @@ def measure(images: Iterable, network: Callable, what: str) -> Features:
             raise UserError(f"{what}: images of one size are needed, not {sorted(shapes)}")
         parts.append(network(torch.stack(batch)))
     pool, logits, spatial = zip(*parts, strict=True)
-    pool = torch.cat(pool).cpu()
-    if not pool.isfinite().all():
-        raise UserError(f"{what}: features are not finite; are the network's weights damaged?")
     spatial = torch.cat(spatial).cpu() if spatial[0] is not None else None
-    return Features(pool, torch.cat(logits).cpu(), spatial)
+    return Features(torch.cat(pool).cpu(), torch.cat(logits).cpu(), spatial)
 
 
 def compare(real: Features, fake: Features) -> dict[str, float]:
@@ -417,14 +408,13 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
 class Evaluation:
     """A model, and the n held-out images that its samples are compared with."""
 
+    args: argparse.Namespace
     checkpoint: dict  # what it says of itself, without weights
     model: FiTv2  # or DoD
     codec: Codec
-    sampler: Sampler
     images: torch.Tensor  # held out, uint8 (n, channels, size, size)
     labels: torch.Tensor  # (n,) their classes, as the model knows them
     network: Callable  # Inception or the classifier
-    network_hash: str | None  # of the classifier's weights
     held_out: Features  # of the held-out images
     training: Features  # of as many training images
     rows: list[dict]  # of the report
@@ -434,49 +424,36 @@ def start_run(args: argparse.Namespace, needs_lem: bool) -> Evaluation:
     """Measures held-out images and, for the first row, training images in place of samples.
     CHOICE: the reference is 1,000 held-out images (--num), and the samples get their classes; the
     paper compares 50,000 samples of random classes with ImageNet's training images."""
-    sampler = Sampler(args.solver, args.steps, args.seed)
     checkpoint, model, codec, data, held_out_data = open_run(args, needs_lem)
     images, labels, _ = take_images(held_out_data, args.num)
     # Training images that the classifier has not learned, if there are 20,000 or more.
     others, _, _ = take_images(data, len(labels), start=len(data) // 2)
 
     args.features = args.features or ("classifier" if images.shape[-1] < 64 else "inception")
-    network_hash = None
     if args.features == "classifier":
-        network, network_hash = classifier(checkpoint, data)
+        network, args.network_hash = classifier(checkpoint, data)
     else:
         network = inception(args.inception, model.device)
     held_out = measure(images, network, "held-out images")
     training = measure(others, network, "training images")
     rows = [{"what": "training images"} | compare(held_out, training)]
-    labels = labels.to(model.device)
-    return Evaluation(
-        checkpoint, model, codec, sampler, images, labels, network, network_hash, held_out,
-        training, rows,
-    )  # fmt: skip
+    given = (args, checkpoint, model, codec, images, labels.to(model.device), network)
+    return Evaluation(*given, held_out, training, rows)
 
 
 def draw_stage(
-    args: argparse.Namespace, run: Evaluation, w: float, stage: int = 0,
-    prior: torch.Tensor | None = None, gflops: float = 0.0,
-) -> tuple[dict, torch.Tensor, torch.Tensor, Features]:  # fmt: skip
+    run: Evaluation, w: float, stage: int = 0, prior: torch.Tensor | None = None
+) -> tuple[dict, torch.Tensor, torch.Tensor, Features]:
     """Draws samples of the run's classes in stage 0, 1, ... and adds their row -> row, images,
     latents, features. Choose w by the column fid_training. Column evaluations counts those of v; a
-    guided one runs the network twice. gflops, Table 4's unit: 10^9 multiply-accumulates of linear
-    layers, with the `gflops` that the prior took."""
-    sampler = replace(run.sampler, first_stage=stage)  # the noise depends on it
-    settings = (sampler, 0, prior, args.batch_size)
-    (z0,), (nfe,) = generate(run.model, run.labels, 1, [w], *settings)
-    evaluations = nfe.double().mean().item()
-    what = f"stage {stage + 1}" if run.model.config.N else "FiTv2"
-    row = {"what": what, "w": w, "evaluations": evaluations}
-    unconditional = evaluations if w > 1 else 0  # the second branch of guidance
-    counts = (0, evaluations) if prior is None else (evaluations, 0)
-    macs = stage_macs(count_macs(run.model.config), counts[0], counts[1] + unconditional)
-    row["gflops"] = gflops + macs / 1e9
-
+    guided one runs the network twice."""
+    # CHOICE: Euler's method, which costs the same for any w; section 3.3 samples by RK45.
+    sampler = Sampler("euler", run.args.steps, run.args.seed, first_stage=stage)
+    (z0,), (nfe,) = generate(run.model, run.labels, 1, [w], sampler, prior=prior)
     images = run.codec.decode(z0).cpu()
+    what = f"stage {stage + 1}" if run.model.config.N else "FiTv2"
     fake = measure(images, run.network, what)
+    row = {"what": what, "w": w, "evaluations": nfe.double().mean().item()}
     row |= compare(run.held_out, fake)
     training = statistics(run.training.pool)  # mean, covariance
     row["fid_training"] = frechet_distance(*training, *statistics(fake.pool))
@@ -490,26 +467,24 @@ def stages(args: argparse.Namespace) -> None:
     count = args.stages or (3 if run.model.config.N else 1)
 
     # Section 3.3 leaves stage 1 unguided. It is drawn once, as the prior of all later stages.
-    first_row, _, z0_first, _ = draw_stage(args, run, 1.0)
-    other_noise = replace(run.sampler, seed=args.seed + 1)
+    _, _, z0_first, _ = draw_stage(run, 1.0)
+    other_noise = Sampler("euler", args.steps, args.seed + 1)
     for w in args.cfg if count > 1 else []:
-        row = first_row
         z0 = z0_first
         for stage in range(1, count):
             prior = z0
-            row, _, z0, fake = draw_stage(args, run, w, stage, prior, row["gflops"])
+            row, _, z0, fake = draw_stage(run, w, stage, prior)
 
             # Its spread: the first 200 priors once more, with other noise.
             labels = run.labels[:200]
-            settings = (other_noise, 0, prior[:200], args.batch_size)
-            (again,), _ = generate(run.model, labels, 1, [w], *settings)
+            (again,), _ = generate(run.model, labels, 1, [w], other_noise, prior=prior[:200])
             again = measure(run.codec.decode(again).cpu(), run.network, "fresh noise")
             row["spread"] = spread(fake.pool[:200], again.pool, labels.cpu())
 
     # The baseline that stage 2 has to beat: the same model, guided by the class alone.
     for w in args.cfg_stage1 if run.model.config.num_classes > 1 else []:
-        draw_stage(args, run, w)
-    finish(args, run)
+        draw_stage(run, w)
+    draw_and_report(run)
 
 
 def reconstruct(args: argparse.Namespace) -> None:
@@ -520,15 +495,14 @@ def reconstruct(args: argparse.Namespace) -> None:
 
     # Sampling starts from noise, so all that PSNR and SSIM find beyond the class came through LEM.
     for w in args.cfg:
-        row, images, _, _ = draw_stage(args, run, w, prior=torch.cat(parts))
+        row, images, _, _ = draw_stage(run, w, prior=torch.cat(parts))
         row["what"] = "reconstruction"  # so its FID is the rFID
         row |= compare_pairs(run.images, images)
-    finish(args, run)
+    draw_and_report(run)
 
 
 def samples(args: argparse.Namespace) -> None:
     """Table 5: the images of --samples against those of --ref.
-
     With --paired, image n of --ref is the prior of image n of --samples, as sample.py --prior-data
     writes them: PSNR and SSIM, and the FID is the rFID."""
     # Files are looked at before the network. A reference may hold the moments of a whole data set.
@@ -542,20 +516,15 @@ def samples(args: argparse.Namespace) -> None:
     if args.paired and (len(sizes) > 1 or len(real_items) != len(fake_items)):
         raise UserError("--paired needs equally many images of one size in --samples and --ref")
 
-    name = Path(args.samples).name
     network = inception(args.inception, pick_device(args.device))
-    fake = measure(read_images(fake_items), network, name)
-    row = {"what": name}
+    fake = measure(read_images(fake_items), network, args.samples)
+    row = {"what": Path(args.samples).name}
     if len(real_items):
         row |= compare(measure(read_images(real_items), network, args.ref), fake)
-    else:
-        print(f"{args.ref} holds moments and no images: FID alone")
     for key, x, end in (("fid", fake.pool, ""), ("sfid", fake.spatial, "_s")):
         if "mu" + end in moments:
-            mu = moments["mu" + end]
-            if mu.shape != x.shape[1:]:
-                raise UserError(f"{args.ref}: mu{end} has shape {mu.shape}, not {x.shape[1:]}")
-            row[key] = frechet_distance(mu, moments["sigma" + end], *statistics(x))
+            reference = (moments["mu" + end], moments["sigma" + end])
+            row[key] = frechet_distance(*reference, *statistics(x))
     if args.paired:
         row |= compare_pairs(read_images(real_items), read_images(fake_items))
 
@@ -569,7 +538,6 @@ def samples(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def probe(args: argparse.Namespace) -> None:
     """Table 2, right: linear probes of LEM's latent tokens, top-1 on held-out images.
-
     CHOICE: of their mean and of all of them; the paper does not say how it pools them. Raises
     UserError without LEM, for images of one class, or if --cache has latents of other images."""
     checkpoint, model, codec, training, held_out = open_run(args, needs_lem=True)
@@ -592,118 +560,41 @@ def probe(args: argparse.Namespace) -> None:
     mean = linear_probe(l_hat.mean(1), y, l_hat_test.mean(1), y_test)
     all_tokens = linear_probe(l_hat.flatten(1), y, l_hat_test.flatten(1), y_test)
     rows = [{"what": "mean of N tokens", "top1": mean}, {"what": "all tokens", "top1": all_tokens}]
-    facts = {"features": "latent tokens", "count_training": len(y), "count": len(y_test)}
-    report(args, rows, facts | {"checkpoint": checkpoint})
+    report(args, rows, {"count_training": len(y), "count": len(y_test), "checkpoint": checkpoint})
 
 
-# ----------------------------------------------------------------------------- curves and reports
-
-# What the FID of a method depends on: the axes of `curves`, and settings that tell curves apart.
-AXES = {
-    "images": "images seen in training", "classes": "classes", "N": "latent tokens N",
-    "steps": "Euler steps", "w": "guidance scale w",
-}  # fmt: skip
-SETTINGS = ["images", "classes", "N", "steps", "prior_from", "p_s", "lr", "lem_lr_factor", "depth"]
+# --------------------------------------------------------------------------------------- reports
 
 
-def read_report(path: str) -> dict:
-    """A report of `stages`, with the facts of its checkpoint. Raises UserError."""
-    try:
-        found = json.loads(Path(path).read_text())
-        found = {"lem_lr_factor": 1.0, "network_hash": None} | found  # which old ones do not name
-        found |= found["checkpoint"] | found["checkpoint"]["config"]
-    except (ValueError, KeyError, TypeError):
-        found = {}
-    if found.get("command") != "stages":
-        raise UserError(f"{path} is not a report of `evaluate.py stages`")
-    if not found["N"]:  # FiTv2 has no LEM
-        found |= {"lem_lr_factor": None, "p_s": None, "prior_from": None}
-    found["images"] = found["step"] * found["batch_size"]  # seen in training
-    found["classes"] = found["num_classes"]  # those that the model knows, in place of names
-    return found
-
-
-def curves(args: argparse.Namespace) -> None:
-    """Fig. 2, left: FID over training images (or --over another axis), from reports of `stages`.
-    CHOICE: each run counts at its best w by FID against training images; seeds are averaged.
-    Raises UserError for other files, and for reports that cannot be compared."""
-    reports = [read_report(path) for path in args.reports]
-    facts = "features network_hash count solver fingerprint image_size channels held_out".split()
-    differ = [key for key in facts if any(found[key] != reports[0][key] for found in reports)]
-    if differ:
-        raise UserError(f"the reports differ in {', '.join(differ)}: they cannot be compared")
-
-    # A curve for each stage, guided or not, and for each setting in which the runs differ.
-    scans = {}  # (curve, x) -> seed -> [(FID against training images, FID, w)]
-    for found in reports:
-        alike = [other for other in reports if (other["N"] > 0) == (found["N"] > 0)]
-        setting = ""
-        for key in SETTINGS:
-            if key != args.over and any(other[key] != found[key] for other in alike):
-                setting += f"; {key} {found[key]}"
-        for row in found["rows"][1:]:  # after the training images
-            name = row["what"] if found["N"] else "FiTv2"  # old reports say stage 1 here
-            if args.over != "w":
-                name += ", unguided" if row["w"] == 1 else ", guided"
-            point = (name + setting, (found | row)[args.over])
-            scan = scans.setdefault(point, {}).setdefault(found["seed"], [])
-            scan.append((row["fid_training"], row["fid"], row["w"]))
-
-    # A point of a curve is the mean over seeds, each at its best w.
-    rows = []
-    for (name, x), seeds in sorted(scans.items()):
-        best = np.array([min(scan) for scan in seeds.values()])  # (seeds, 3)
-        row = {"what": name, args.over: x, "w": best[:, 2].mean(), "fid": best[:, 1].mean()}
-        row["fid_std"] = best[:, 1].std(ddof=min(1, len(best) - 1))
-        rows.append(row | {"seeds": len(best)})
-    draw_curves(args.out.with_suffix(".png"), rows, args.over, reports[0]["rows"][0]["fid"])
-    report(args, rows, {key: reports[0][key] for key in facts})
-
-
-def draw_curves(out: Path, rows: list[dict], over: str, floor: float) -> None:
-    """Draws FID over another column of the rows, a curve for each name in their column `what`, with
-    error bars where there is a column fid_std; floor: FID of training images, a dotted line."""
+def draw_and_report(run: Evaluation) -> None:
+    """What `stages` and `reconstruct` leave: FID over w, a curve for each stage, and the report."""
     import matplotlib.figure
 
-    # One method has one colour in all figures; what is unguided is dashed.
-    colours = {"FiTv2": "C1", "stage 1": "C7", "stage 2": "C0", "stage 3": "C2"}
     axes = matplotlib.figure.Figure(figsize=(7, 6), layout="constrained").subplots()
-    for i, name in enumerate(dict.fromkeys(row["what"] for row in rows)):
-        points = [row for row in rows if row["what"] == name]
-        points = sorted((row[over], row["fid"], row.get("fid_std", 0)) for row in points)
-        style = {"color": colours.get(re.split("[,;]", name)[0], "C4"), "marker": "osD^vP*X"[i % 8]}
-        style["linestyle"] = "--" if "unguided" in name else "-"
-        axes.errorbar(*zip(*points, strict=True), capsize=3, label=name, **style)
-    axes.axhline(floor, color="black", linestyle=":", label="training images, not samples")
-    axes.set(xscale="log", yscale="log", xlabel=AXES[over], ylabel="FID to held-out images")
-
-    # Both axes are logarithmic, with plain numbers at their ticks.
-    ticks = sorted({row[over] for row in rows})
-    axes.set_xticks(ticks, [f"{tick:,.9g}" for tick in ticks])
-    axes.minorticks_off()
+    for what in dict.fromkeys(row["what"] for row in run.rows[1:]):
+        points = sorted((row["w"], row["fid"]) for row in run.rows if row["what"] == what)
+        axes.plot(*zip(*points, strict=True), "o-", label=what)
+    axes.axhline(run.rows[0]["fid"], color="black", linestyle=":", label="training images")
+    axes.set(yscale="log", xlabel="guidance scale w", ylabel="FID to held-out images")
     axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")  # 10, not 10^1
-    axes.figure.legend(loc="outside lower center", ncols=2)
-    with replacing(out) as temporary:
+    axes.legend()
+    with replacing(run.args.out.with_suffix(".png")) as temporary:
         axes.figure.savefig(temporary, dpi=120)
+    report(run.args, run.rows, {"count": len(run.images), "checkpoint": run.checkpoint})
 
 
 def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
-    """Prints the rows as a table and writes them to --out as JSON, with every flag and fact."""
+    """Prints the rows as a table and writes them to --out as JSON, with every flag and fact: enough
+    to say, a year later, how each number came about."""
     columns = dict.fromkeys(key for row in rows for key in row if key not in ("what", "is_std"))
-    print(" " * 60 + "".join(f"{key:>13}" for key in columns))
+    print(" " * 40 + "".join(f"{key:>13}" for key in columns))
     for row in rows:
         cells = [f"{row[key]:13.4g}" if key in row else " " * 13 for key in columns]
-        print(f"{row['what']:60}" + "".join(cells))
+        print(f"{row['what']:40}" + "".join(cells))
 
-    # The report: enough to say, a year later, how each number came about.
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # git is missing
-        commit = ""
-    facts["commit"] = commit or "unknown"
-    facts["versions"] = {"torch": torch.__version__, "numpy": np.__version__}
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty"
+    facts |= {"commit": subprocess.getoutput(git), "torch": torch.__version__}
     found = vars(args) | facts | {"rows": rows}
     found.pop("function")
     with replacing(args.out) as temporary:
@@ -711,19 +602,7 @@ def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
     print(f"wrote {args.out}")
 
 
-def finish(args: argparse.Namespace, run: Evaluation) -> None:
-    """What `stages` and `reconstruct` leave: the curves over w and the report."""
-    draw_curves(args.out.with_suffix(".png"), run.rows[1:], "w", run.rows[0]["fid"])
-    facts = {"count": len(run.images), "network_hash": run.network_hash}
-    report(args, run.rows, facts | {"checkpoint": run.checkpoint})
-
-
 # ------------------------------------------------------------------------------------------ command
-
-
-def scales(text: str) -> list[float]:
-    """An argparse type: guidance scales, each at least 1, with commas between them; or none."""
-    return [] if text == "none" else [bounded(float, 1)(word) for word in text.split(",")]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -731,14 +610,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     natural = bounded(int, 1)
-    for function in (stages, reconstruct, samples, probe, curves):
+    scales = {"type": bounded(float, 1), "nargs": "*"}  # any number of them, also none
+    for function in (stages, reconstruct, samples, probe):
         command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
         command.set_defaults(function=function)
         add = command.add_argument
         add("--out", help="JSON report; default: out/COMMAND.json, which is replaced")
-        if function == curves:
-            add("reports", nargs="+", help="reports of `stages`, of any runs and steps")
-            add("--over", choices=AXES, default="images", help="the x-axis")
         if function in (stages, reconstruct, probe):
             add("--ckpt", default="out/letters/ckpt.pt", help="checkpoint of train.py")
             add("--data", help="where its training images are now; default: where they were")
@@ -746,15 +623,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if function in (stages, reconstruct):
             add("--features", choices=["inception", "classifier"], help="default: by image size")
             add("--num", type=bounded(int, 4), default=1000, help="images, at most those held out")
-            add("--cfg", type=scales, default="1,1.5,2,3.5,5.5", help="guidance with a prior")
-            # CHOICE: Euler's method, which costs the same for any w; section 3.3 samples by RK45.
-            add("--solver", choices=["euler", "dopri5"], default="euler", help="Euler or RK45")
+            add("--cfg", **scales, default=[1, 1.5, 2, 3.5, 5.5], help="guidance with a prior")
             add("--steps", type=natural, default=20, help="Euler steps in each stage")
-            add("--batch-size", type=natural, default=64, help="images at a time")
             add("--seed", type=bounded(int, 0), default=0, help="of the noise")
         if function == stages:
             add("--stages", type=natural, help="default: 3, without LEM 1")
-            add("--cfg-stage1", type=scales, default="1.5,2,3,4", help="class guidance, or none")
+            add("--cfg-stage1", **scales, default=[1.5, 2, 3, 4], help="class guidance")
         if function == probe:
             add("--num", type=bounded(int, 4), default=10_000, help="images of each set")
             add("--cache", help="folder of the run's latents; default: images are encoded")
@@ -764,8 +638,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--paired", action="store_true", help="image n of --ref is image n's prior")
         if function in (stages, reconstruct, samples):
             add("--inception", help="file of Inception's weights; default: downloaded")
-        if function != curves:
-            add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     return parser.parse_args(argv)
 
 
