@@ -38,7 +38,7 @@ from sample import (
     SHIPPED, Codec, Parser, Sampler, bounded, generate, load_checkpoint, load_codec, load_image,
     load_model, pick_device, rank_and_world_size, refuse_existing, replacing, run_command,
 )  # fmt: skip
-from train import Labelled, open_data, to_latents
+from train import Labelled, load_data
 
 Array = torch.Tensor | np.ndarray
 
@@ -391,14 +391,12 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
     codec = load_codec(args.vae or checkpoint["codec"], device, checkpoint)
 
     # The same images, split and grouped in the same way; they may have moved.
-    settings = {name: checkpoint[name] for name in ("image_size", "channels", "held_out")}
-    settings |= {"data": args.data or checkpoint["data"], "cache": getattr(args, "cache", None)}
-    settings["class_groups"] = model.config.num_classes
-    if settings["cache"] and not (Path(settings["cache"]) / "latents.fp16").exists():
-        raise UserError(f"--cache {args.cache} has no latents.fp16; train.py --cache makes it")
-    training, held_out, fingerprint = open_data(argparse.Namespace(**settings), codec)
+    data = args.data or checkpoint["data"]
+    settings = [checkpoint[name] for name in ("image_size", "channels", "held_out")]
+    settings += [model.config.num_classes, getattr(args, "cache", None)]
+    training, held_out, fingerprint = load_data(data, *settings)
     if fingerprint != checkpoint["fingerprint"]:
-        raise UserError(f"{settings['data']} does not have the images of the run of {args.ckpt}")
+        raise UserError(f"{data} does not have the images of the run of {args.ckpt}")
     # Reports and figures need what the checkpoint says of itself, but not its weights.
     about = {key: checkpoint[key] for key in checkpoint.keys() - {"ema", "model", "optimizer"}}
     return about, model, codec, training, held_out
@@ -550,7 +548,7 @@ def probe(args: argparse.Namespace) -> None:
         l_hat = []
         for numbers in in_batches(range(n)):  # all at once need not fit into memory
             x = torch.stack([data[i, False][0] for i in numbers])  # images, or cached moments
-            z0 = to_latents(x.to(model.device), None, codec)  # the mean of the posterior
+            z0 = codec.encode(x.to(model.device))  # the mean of the posterior
             l_hat.append(model.lem.encode(z0).cpu())  # Eq. 6
         return torch.cat(l_hat), data.original_labels[:n]  # classes, also of an unconditional model
 

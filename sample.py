@@ -231,10 +231,10 @@ def draw_path(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sample
 def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
     """--npz FILE.npz: images of the last stage in one file for guided-diffusion's evaluator, arr_0
     uint8 (n, H, W, 3) and arr_1 their classes, and in a folder FILE as NUMBER-CLASS.png. Image n is
-    a function of (seed, n). The ranks take turns in chunks of --batch-size numbers.
-    With --prior-data, a folder with a folder for each class, prior n is its image
-    shuffled_order(count)[n], so those that train.py holds out come first, and image n has the class
-    of its prior. The folder FILE-priors gets the priors. Raises UserError for other classes."""
+    a function of (seed, n). The ranks take turns in chunks of --batch-size numbers. Given a folder
+    --prior-data, with a folder for each class, prior n is its image shuffled_order(count)[n], so
+    those that train.py holds out come first, and image n has the class of its prior. The folder
+    FILE-priors gets the priors. Raises UserError for other classes."""
     if args.prior_data:
         names, files, labels = image_files(args.prior_data)
         if names != checkpoint["classes"]:
@@ -367,8 +367,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def draw_grid(out: Path, blocks: list[tuple[str, Tensor]], titles: list[str]) -> None:
     """Writes images as in Fig. 5: labelled blocks of rows, a column for each title. blocks: (label,
-    uint8 (n, channels, rows, columns)), row by row. Small images are enlarged, without smoothing,
-    by a whole factor to at least 64 pixels."""
+    uint8 (n, channels, rows, columns)), row by row. Images below 64 pixels are enlarged."""
     grids = []
     factor = max(1, math.ceil(64 / blocks[0][1].shape[-1]))
     for _, images in blocks:
@@ -446,7 +445,7 @@ def open_image(path: str | Path, size: int, channels: int) -> Tensor:
 class Codec:
     """Images <-> latents: Stable Diffusion's VAE (section 3.3), diffusers' AutoencoderKL, in fp32,
     256 x 256 x 3 <-> 32 x 32 x 4. Without a VAE the latent is the image itself, in [-1, 1].
-    CHOICE: the paper does not say which version of the VAE; the README's recipe uses ft-EMA."""
+    CHOICE: the VAE is ft-EMA's (README), and training takes samples, as SiT does."""
 
     def __init__(self, name: str = "none", device: torch.device | str = "cpu"):
         """name: "none", a folder, or a name on the hub. Raises UserError without a whole VAE."""
@@ -480,8 +479,10 @@ class Codec:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, channels, height, width) -> mean and standard deviation, both (B, C, H, W), of
-        the latent's distribution given the image, in fp32."""
+        """Images, uint8 (B, channels, height, width), or cached moments (B, 2, C, H, W) -> mean and
+        deviation, both (B, C, H, W), of the latent's distribution given the image, in fp32."""
+        if images.dtype != torch.uint8:
+            return images.unbind(1)
         if self.vae is None:  # an image has exactly one latent
             mean = images.float() / 127.5 - 1
             return mean, torch.zeros_like(mean)

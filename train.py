@@ -28,7 +28,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -76,25 +77,16 @@ def draw_noise(
     return x1, eps, t, dropped
 
 
-def to_latents(x: Tensor, eps: Tensor | None, codec: Codec) -> Tensor:
-    """uint8 images (b, channels, rows, columns), or cached means and deviations (b, 2, C, H, W)
-    -> latents (b, C, H, W): samples of the VAE's posterior by the normal eps, without it its mean.
-    CHOICE: training takes samples, as SiT does; the paper does not say."""
-    if x.dtype == torch.uint8:
-        return codec.encode(x, eps)
-    return x[:, 0] if eps is None else x[:, 0] + x[:, 1] * eps
-
-
 def training_step(
     network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple,
     with_prior: Tensor, step: int, bf16: bool = False, ema_decay: float = 0.999,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """One training step of this rank. It never synchronises with the GPU.
 
     network: DoD or FiTv2, possibly inside DistributedDataParallel; batch: x0, x1 (b, C, H, W) data
     and noise, t (b,) times, y (b,) classes; with_prior (k,): which images keep their prior, as
-    indices (empty for FiTv2) -> the mean loss (); the sums of the losses with a prior and with S
-    (2,), whose gap is what the prior is worth; the norm of the gradient before it is clipped ()."""
+    indices (empty for FiTv2) -> (4,): the mean loss; the sums of the losses with a prior and with
+    S, whose gap is what the prior is worth; the norm of the gradient before it is clipped."""
     # Eq. 3 trains backbone and LEM together: the prior of an image is its own latent.
     x0, x1, t, y = batch
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
@@ -112,7 +104,7 @@ def training_step(
     update_ema(ema, network, step, ema_decay)
     losses = losses.detach()
     sum_with_prior = losses[with_prior].sum()
-    return losses.mean(), torch.stack([sum_with_prior, losses.sum() - sum_with_prior]), norm
+    return torch.stack([losses.mean(), sum_with_prior, losses.sum() - sum_with_prior, norm])
 
 
 @torch.no_grad()
@@ -159,7 +151,7 @@ def train(args: argparse.Namespace) -> None:
             except Exception as error:
                 # The finished steps are saved first, by the rank that failed, for all have the same
                 # weights; but not if rank 0 has just saved them, or is about to.
-                if (step - 1) % args.save_every and all(norm.isfinite() for _, _, norm in results):
+                if (step - 1) % args.save_every and all(x.isfinite().all() for x in results):
                     save_checkpoint(run.out / "ckpt.pt", run.facts, step - 1, run.modules)
                 # A traceback would keep the loader's workers alive; the error's text has theirs.
                 raise (error.with_traceback(None) if args.workers else error) from None
@@ -168,7 +160,7 @@ def train(args: argparse.Namespace) -> None:
             # Noise, times and dropped classes are drawn for the global batch: this is our share.
             draws = draw_noise(args.seed, step, args.batch_size, model.config, generator)
             x1, eps, t, dropped = [draw[run.share] for draw in draws]
-            x0 = to_latents(x.to(device, non_blocking=True), eps, run.codec)
+            x0 = run.codec.encode(x.to(device, non_blocking=True), eps)
             y = torch.where(dropped, model.null_class, y.to(device, non_blocking=True))
             if step == run.done + 1 and args.vae != "none" and not 0.5 < x0.std() < 2:
                 print(f"warning: latents have std {x0.std():.3g}, not 1: is scaling_factor right?")
@@ -210,7 +202,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def after_interval(
-    run: Run, step: int, results: list[tuple], began: float, waited: float, save: bool,
+    run: Run, step: int, results: list[Tensor], began: float, waited: float, save: bool,
     milestone: bool,
 ) -> None:  # fmt: skip
     """What follows an interval of steps: a record in the log and, where they are due, a checkpoint
@@ -284,7 +276,10 @@ def set_up(args: argparse.Namespace) -> Run:
     # Data, the model that fits them, and this rank's share of each batch. An unreadable held-out
     # image would end the run half-way, so they are read now.
     codec = load_codec(args.vae, device)
-    training, held_out, fingerprint = open_data(args, codec)
+    if args.cache:
+        open_cache(args, codec)
+    settings = (args.image_size, args.channels, args.held_out, args.class_groups, args.cache)
+    training, held_out, fingerprint = load_data(args.data, *settings)
     held_out = [held_out[i, False] for i in range(min(256, len(held_out)))]
     channels, side = codec.latent_shape(args.channels, args.image_size)
     config = replace(
@@ -309,7 +304,11 @@ def set_up(args: argparse.Namespace) -> Run:
         print(f"{args.model}, {len(training)} images in {config.num_classes} classes, step {done}")
         if not done:
             save_checkpoint(ckpt, facts, 0, modules)
-        cut_log(out / "log.jsonl", done)
+        # The steps after the checkpoint come again, and their records with them.
+        log = out / "log.jsonl"
+        kept = [json.dumps(x) + "\n" for x in read_log(log) if x["step"] <= done]
+        with replacing(log) as temporary:
+            temporary.write_text("".join(kept))
 
     # The loader carries images (or cached moments) and classes of this rank's share only.
     numbers = batches(len(training), args.batch_size, args.seed, args.flip, done + 1)
@@ -462,16 +461,15 @@ class Labelled(Dataset):
         if K > len(classes):
             raise UserError(f"--class-groups {K}: there are only {len(classes)} classes")
         self.original_classes = classes
-        self.original_labels = np.asarray(labels)
-        self.labels = self.original_labels * K // len(classes)
+        self.original_labels = np.array(labels, np.int64)
         self.members = members
         self.load = load
 
-        # A group of classes is called like A-E.
-        groups_of = [[] for _ in range(K)]
-        for k, name in enumerate(classes):
-            groups_of[k * K // len(classes)].append(name)
-        self.classes = ["-".join(dict.fromkeys([names[0], names[-1]])) for names in groups_of]
+        # The groups of the classes. One is called like A-E, after its first class and its last.
+        group_of = np.arange(len(classes)) * K // len(classes)
+        self.labels = group_of[self.original_labels]
+        ends = [np.flatnonzero(group_of == k)[[0, -1]] for k in range(K)]
+        self.classes = ["-".join(dict.fromkeys(classes[i] for i in pair)) for pair in ends]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -490,41 +488,43 @@ class Labelled(Dataset):
 
 
 def load_data(
-    data: str, size: int, channels: int, held_out: float, class_groups: int | None = None
-) -> tuple[Labelled, Labelled, str]:
-    """--data -> training images, held-out images, and a fingerprint, which tells by names whether
-    a later command sees the same classes and files. Both sets are in random order, the same for any
-    --seed. Raises UserError or FileNotFoundError for an unusable folder."""
-    if data == "letters":
-        classes = list(LETTERS)
-        members = range(25_000)
-        labels = [i % 10 for i in members]
-        names = ""
-        load = partial(draw_letter, size=size, channels=channels)
-    else:
-        classes, members, labels = image_files(data)
-        names = "".join(f"{os.path.relpath(file, data)}\n" for file in members)
-        load = partial(open_image, size=size, channels=channels)
-    fingerprint = hashlib.sha256((json.dumps([classes, labels]) + names).encode()).hexdigest()
-    order = shuffled_order(len(members)).tolist()
-    labels = [labels[i] for i in order]
-    members = [members[i] for i in order]
-    return *split(classes, labels, members, load, held_out, class_groups), fingerprint
-
-
-def split(
-    classes: list, labels: list, members: Sequence, load: Callable, held_out: float,
-    groups: int | None,
-) -> tuple[Labelled, Labelled]:  # fmt: skip
-    """Members in random order -> training set and held-out set, see Labelled. Raises UserError for
-    a class that has no image left to train on.
+    data: str, size: int, channels: int, held_out: float, class_groups: int | None = None,
+    cache: str | None = None,
+) -> tuple[Labelled, Labelled, str]:  # fmt: skip
+    """--data, or --cache if it is given -> training images, held-out images, and a fingerprint,
+    which tells by names whether a later command sees the same classes and files. Both sets are in
+    random order, the same for any --seed. Raises UserError or FileNotFoundError for an unusable
+    folder, and UserError for a class that has no image left to train on.
     CHOICE: a tenth of the images, at most 5,000, is held out by default; the paper names none."""
+    if cache:
+        about = json.loads((Path(cache) / "about.json").read_text())
+        classes = about["classes"]
+        labels = about["labels"]
+        members = range(len(labels))  # their order is random already
+        load = partial(read_latents, file=Path(cache) / "latents.fp16", shape=about["shape"])
+        fingerprint = about["fingerprint"]
+    else:
+        names = ""
+        if data == "letters":
+            classes = list(LETTERS)
+            members = range(25_000)
+            labels = [i % 10 for i in members]
+            load = partial(draw_letter, size=size, channels=channels)
+        else:
+            classes, members, labels = image_files(data)
+            names = "".join(f"{os.path.relpath(file, data)}\n" for file in members)
+            load = partial(open_image, size=size, channels=channels)
+        fingerprint = hashlib.sha256((json.dumps([classes, labels]) + names).encode()).hexdigest()
+        order = shuffled_order(len(members)).tolist()
+        labels = [labels[i] for i in order]
+        members = [members[i] for i in order]
+
     cut = min(round(held_out * len(labels)), 5000)
     untrained = set(range(len(classes))) - set(labels[cut:])
     if untrained:
         raise UserError(f"class {classes[min(untrained)]} has no training image; lower --held-out")
-    training = Labelled(classes, labels[cut:], members[cut:], load, groups)
-    return training, Labelled(classes, labels[:cut], members[:cut], load, groups)
+    training = Labelled(classes, labels[cut:], members[cut:], load, class_groups)
+    return training, Labelled(classes, labels[:cut], members[:cut], load, class_groups), fingerprint
 
 
 # ------------------------------------------------------------------------------------- latent cache
@@ -584,19 +584,16 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, note: dict)
     barrier()
 
 
-def open_data(args: argparse.Namespace, codec: Codec) -> tuple[Labelled, Labelled, str]:
-    """Training set, held-out set and fingerprint, of the images of --data or of their --cache. A
-    full cache needs neither the images nor a look at their files. Raises UserError."""
-    if not args.cache:
-        shape = (args.image_size, args.channels)
-        return load_data(args.data, *shape, args.held_out, args.class_groups)
+def open_cache(args: argparse.Namespace, codec: Codec) -> None:
+    """Makes the --cache unless it is there. Raises UserError for one that was made otherwise. Later
+    it needs neither the images nor a look at their files."""
     file = Path(args.cache) / "latents.fp16"
     settings = {"data": str(Path(args.data).resolve()), "image_size": args.image_size}
     settings |= {"vae": codec.name, "scale": codec.scale, "shift": codec.shift}
     missing = not file.exists()
     barrier()  # all ranks have looked before one of them begins to write
     if missing:
-        with locked(file.parent) if rank_and_world_size()[0] == 0 else nullcontext():
+        with lock(file.parent):
             encode_cache(file, args, codec, dict(settings))
 
     # Latents of another data set, VAE or size would silently train another model.
@@ -604,12 +601,7 @@ def open_data(args: argparse.Namespace, codec: Codec) -> tuple[Labelled, Labelle
     for key, value in settings.items():
         if about[key] != value:
             raise UserError(f"--cache {args.cache} was made with {key} {about[key]}, not {value}")
-    classes = about["classes"]
-    labels = about["labels"]
-    print(f"--cache has {len(labels)} images in {len(classes)} classes, of {about['made']}")
-    load = partial(read_latents, file=file, shape=about["shape"])
-    images = (classes, labels, range(len(labels)), load)
-    return *split(*images, args.held_out, args.class_groups), about["fingerprint"]
+    print(f"--cache has {len(about['labels'])} images, of {about['made']}")
 
 
 # -------------------------------------------------------------------------- checkpoints and the log
@@ -622,20 +614,12 @@ RECORDED = """
 """.split()
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps two runs from writing into one folder. Raises UserError if another one does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".dod-lock", "a") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run writes into {folder}; wait until it ends") from None
-        except (ImportError, OSError):  # on Windows, and on some network file systems
-            print(f"{folder} cannot be locked: start no second run that writes to it")
-        yield
+def lock(folder: Path) -> AbstractContextManager:
+    """Keeps two runs from writing into one folder: to enter it raises OSError if another one does.
+    Rank 0 holds it for all."""
+    if rank_and_world_size()[0] > 0:
+        return nullcontext()
+    return FileLock(folder / ".dod-lock", timeout=0)
 
 
 def save_checkpoint(path: Path, facts: dict, step: int, modules: dict) -> None:
@@ -665,28 +649,28 @@ def resume(path: Path, modules: dict, facts: dict) -> int:
     return saved["step"]
 
 
-def summarise(run: Run, step: int, results: list[tuple]) -> dict:
+def summarise(run: Run, step: int, results: list[Tensor]) -> dict:
     """The losses, gradient norm and rate of an interval that ends with `step`, over all ranks. They
     are read here and not in each step, so that a GPU need not wait. Raises FloatingPointError that
     names the first step that is not finite."""
-    losses, sums, norms = [torch.stack(column) for column in zip(*results, strict=True)]
-    losses = sum_over_ranks(losses) / rank_and_world_size()[1]
-    bad = (~(losses + norms).isfinite()).nonzero()
+    table = sum_over_ranks(torch.stack(results, dim=1)) / rank_and_world_size()[1]  # (4, steps)
+    bad = (~table.isfinite().all(0)).nonzero()
     if len(bad):
         what = f"the loss of step {step - len(results) + 1 + int(bad[0])} (or its gradient)"
         last = f"{run.out}/ckpt.pt is the last good one"
         raise FloatingPointError(f"{what} is not finite; {last}; try a lower --lr")
-    record = {"step": step, "loss": losses.mean().item()}
+    loss, with_prior, with_S, norm = table.mean(1).tolist()
+    record = {"step": step, "loss": loss}
 
-    # Means over the images with their prior and over those with S, whose numbers never change.
-    args = run.args
-    sums = sum_over_ranks(sums).mean(0).tolist()
-    if args.latent_tokens:
-        with_S = round(args.p_s * args.batch_size)
-        record["loss_prior"] = sums[0] / (args.batch_size - with_S)
-        record["loss_S"] = sums[1] / with_S
+    # Means over a rank's images with their prior and over those with S.
+    batch_size = run.args.batch_size
+    if run.args.latent_tokens:
+        S = round(run.args.p_s * batch_size)
+        ranks = rank_and_world_size()[1]
+        record["loss_prior"] = with_prior * ranks / (batch_size - S)
+        record["loss_S"] = with_S * ranks / S
     lr = run.modules["optimizer"].param_groups[0]["lr"]
-    return record | {"grad_norm": norms.mean().item(), "lr": lr}
+    return record | {"grad_norm": norm, "lr": lr}
 
 
 @torch.no_grad()
@@ -699,7 +683,7 @@ def held_out_loss(
     x, y = default_collate(items)
     device = ema.device
     x1, eps, t, _ = draw_noise(args.seed, 0, len(x), ema.config, torch.Generator(device))
-    x0 = to_latents(x.to(device), eps, codec)
+    x0 = codec.encode(x.to(device), eps)
     keeps = keeps_prior(len(x), args.p_s if ema.config.N else 1).to(device)
     losses = rectified_flow_loss(ema, x0, y.to(device), x1, t, keeps.nonzero().squeeze(1))
     found = {"held_out_loss": losses.mean().item()}
@@ -722,34 +706,29 @@ def worth_of_prior(record: dict, args: argparse.Namespace) -> str:
     return line
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Drops the records after the checkpoint's step, for those steps will come again, and lines
-    that a kill or a full disk has damaged."""
-    kept = []
+def read_log(path: Path) -> list[dict]:
+    """The records of log.jsonl. Lines that a kill or a full disk has damaged are left out."""
+    records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
-            print(f"a damaged line of {path} is dropped")
-    with replacing(path) as temporary:
-        temporary.write_text("".join(kept))
+            record = json.loads(line)
+            records += [record] if "step" in record else []
+        except (ValueError, TypeError):
+            print(f"a damaged line of {path} is left out")
+    return records
 
 
 def plot_log(log: Path, out: Path) -> None:
-    """Draws the loss of log.jsonl, in training and on held-out images; for DoD with and without a
-    prior, for FiTv2 of all images."""
+    """Draws the losses of log.jsonl: for DoD with and without a prior, for FiTv2 of all images."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(7, 4), layout="tight")
-    axes = figure.subplots()
+    records = read_log(log)
+    axes = Figure(figsize=(7, 4), layout="tight").subplots()
     names = {"loss": "all images"}
-    halves = [[x["step"], x["loss_S"], x["loss_prior"]] for x in records if "loss_S" in x]
+    halves = [(x["step"], x["loss_S"], x["loss_prior"]) for x in records if "loss_S" in x]
     if halves:
-        steps, upper, lower = np.transpose(halves)
-        axes.fill_between(steps, lower, upper, alpha=0.2, label="what the prior is worth")
         names = {"loss_S": "images with the token S", "loss_prior": "images with their prior"}
+        axes.fill_between(*np.transpose(halves), alpha=0.2, label="what the prior is worth")
     for i, (key, name) in enumerate(names.items()):
         for column, style in ((key, "-"), (f"held_out_{key}", "--.")):
             points = [(x["step"], x[column]) for x in records if column in x]
@@ -759,7 +738,7 @@ def plot_log(log: Path, out: Path) -> None:
     axes.yaxis.set_major_formatter("{x:g}")  # 0.1, not 10^-1
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
-    figure.savefig(out, dpi=100)
+    axes.figure.savefig(out, dpi=100)
 
 
 # ------------------------------------------------------------------------------------------ command
@@ -781,10 +760,7 @@ PAPER = dict(batch_size=256, lr=1e-4, lem_lr_factor=1.0, warmup=0, steps=400_000
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags. Those without a default here get it from the tables above."""
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        epilog="A default of None is replaced to suit --data, --vae and --model.",
-    )
+    parser = Parser(description="A default of None is replaced to suit --data, --vae and --model.")
     switch = argparse.BooleanOptionalAction
     share = bounded(float, 0, 1)
     natural = bounded(int, 1)
@@ -812,8 +788,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--steps", type=natural, help="training steps")
     add("--batch-size", type=natural, help="images in a step, of all ranks together")
     add("--lr", type=bounded(float, 0), help="AdamW's constant learning rate")
-    factor = "rate of LEM and of the prior's MLP, as a multiple of --lr"
-    add("--lem-lr-factor", type=bounded(float, 0), help=factor)
+    add("--lem-lr-factor", type=bounded(float, 0), help="rate of LEM and the prior's MLP, / --lr")
     add("--warmup", type=count, help="first steps, over which the rate grows")
     add("--ema-decay", type=share, default=0.999, help="decay of the averaged weights")
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
@@ -831,16 +806,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     # Defaults that suit the data, then those that suit the model. What the user gives stays.
-    defaults = FOLDER
-    if args.data == "letters":
-        defaults = LETTER_DATA
+    defaults = LETTER_DATA if args.data == "letters" else FOLDER
     if args.vae != "none":
         defaults = IMAGENET
     preset = CONFIGS[args.model]
-    if args.model.endswith("-Ti"):
-        defaults = defaults | SMALL
-    else:
-        defaults = defaults | PAPER | dict(patch_size=preset.p, w=preset.w)
+    paper = PAPER | dict(patch_size=preset.p, w=preset.w)
+    defaults = defaults | (SMALL if args.model.endswith("-Ti") else paper)
     defaults |= dict(latent_tokens=preset.N, out=f"out/{Path(args.data).resolve().name}")
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
@@ -854,15 +825,13 @@ def main() -> None:
     device = pick_device(args.device)
     if not args.precision:
         args.precision = "bf16" if device.type == "cuda" else "fp32"
-    if args.cache and args.vae == "none":
-        raise UserError("--cache keeps latents; without --vae there are none")
     if rank_and_world_size()[0] > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
 
     # Nothing that is there is overwritten. Hidden files are what a kill leaves of our own.
     out = Path(args.out)
     first = rank_and_world_size()[0] == 0
-    with process_group(device), locked(out) if first else nullcontext():
+    with process_group(device), lock(out):
         goes_on = args.resume and (out / "ckpt.pt").exists()
         if first and not goes_on and any(out.glob("[!.]*")):
             raise UserError(f"{out} has files already; give another --out, or --resume its run")
