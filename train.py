@@ -221,15 +221,15 @@ def after_interval(
         return
 
     # The held-out loss belongs to the record. Should it fail, the steps are saved all the same.
-    ema = run.modules["ema"]
     try:
         if save and run.held_out:
-            record |= held_out_loss(ema, run.held_out, run.codec, run.args)
+            record |= held_out_loss(run)
     finally:
         with open(run.out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
         if milestone:
-            save_checkpoint(run.out / f"ema-{step:07}.pt", run.facts, step, {"ema": ema})
+            ema = {"ema": run.modules["ema"]}
+            save_checkpoint(run.out / f"ema-{step:07}.pt", run.facts, step, ema)
         if save:
             save_checkpoint(run.out / "ckpt.pt", run.facts, step, run.modules)
     if save and "loss_S" in record:
@@ -364,9 +364,7 @@ def matrix_rate(device: torch.device, bf16: bool) -> float:
 
     matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if bf16 else None)
     timer = Timer("m @ m", globals={"m": matrix}, num_threads=torch.get_num_threads())
-    repeats = 50 if device.type == "cuda" else 1
-    timer.timeit(repeats)  # the first products are slower
-    return 2 * len(matrix) ** 3 / timer.timeit(repeats).mean
+    return 2 * len(matrix) ** 3 / timer.blocked_autorange().median
 
 
 def ignore_signals(worker: int) -> None:
@@ -674,17 +672,16 @@ def summarise(run: Run, step: int, results: list[Tensor]) -> dict:
 
 
 @torch.no_grad()
-def held_out_loss(
-    ema: nn.Module, items: list[tuple], codec: Codec, args: argparse.Namespace
-) -> dict[str, float]:
+def held_out_loss(run: Run) -> dict[str, float]:
     """Eq. 3 on n held-out items, see Labelled, with noise and times of step 0 each time and no
     class dropped: the mean, and for DoD those of the images with their prior and of those with S.
     It rises when the model begins to overfit."""
-    x, y = default_collate(items)
+    x, y = default_collate(run.held_out)
+    ema = run.modules["ema"]
     device = ema.device
-    x1, eps, t, _ = draw_noise(args.seed, 0, len(x), ema.config, torch.Generator(device))
-    x0 = codec.encode(x.to(device), eps)
-    keeps = keeps_prior(len(x), args.p_s if ema.config.N else 1).to(device)
+    x1, eps, t, _ = draw_noise(run.args.seed, 0, len(x), ema.config, torch.Generator(device))
+    x0 = run.codec.encode(x.to(device), eps)
+    keeps = keeps_prior(len(x), run.args.p_s if ema.config.N else 1).to(device)
     losses = rectified_flow_loss(ema, x0, y.to(device), x1, t, keeps.nonzero().squeeze(1))
     found = {"held_out_loss": losses.mean().item()}
     if 0 < keeps.sum() < len(x):
@@ -701,8 +698,7 @@ def worth_of_prior(record: dict, args: argparse.Namespace) -> str:
     line = f"step {record['step']}: the prior lowers the loss by {gap:.3f} ({share:.0%})"
     started = record["step"] > args.warmup and record["step"] >= args.steps / 10
     if started and share < 0.01:
-        advice = "try a lower --lr, a longer --warmup, or a smaller --lem-lr-factor"
-        line += f"\nwarning: LEM learns nothing; {advice}"
+        line += "\nwarning: LEM learns nothing; try a lower --lr, --lem-lr-factor, or more --warmup"
     return line
 
 
