@@ -38,7 +38,7 @@ from sample import (
     SHIPPED, Codec, Parser, Sampler, bounded, generate, load_checkpoint, load_codec, load_image,
     load_model, pick_device, rank_and_world_size, refuse_existing, replacing, run_command,
 )  # fmt: skip
-from train import Labelled, load_data
+from train import Labelled, load_data, open_cache
 
 Array = torch.Tensor | np.ndarray
 
@@ -145,9 +145,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def linear_probe(x: Array, y: Array, x_test: Array, y_test: Array, decay: float = 1e-4) -> float:
-    """Top-1 on (x_test, y_test), in [0, 1], of BatchNorm without affine + Linear fitted to (x, y).
-
-    x (n, D) features, y (n,) classes. BatchNorm of all n scales each feature to mean 0, variance 1.
+    """Top-1 on (x_test, y_test), in [0, 1], of a linear layer fitted to (x, y): features (n, D),
+    each scaled to mean 0 and variance 1, as BatchNorm of all n would do, and classes (n,).
     CHOICE: the loss is cross-entropy + decay/2 |W|²; so it has a minimum even where the classes can
     be separated, and L-BFGS finds it."""
     from sklearn import linear_model, pipeline, preprocessing
@@ -155,15 +154,15 @@ def linear_probe(x: Array, y: Array, x_test: Array, y_test: Array, decay: float 
     # scikit-learn minimises |W|²/2 + C times the sum, not the mean, of the cross-entropies.
     regression = linear_model.LogisticRegression(C=1 / (decay * len(x)), max_iter=2000)
     fitted = pipeline.make_pipeline(preprocessing.StandardScaler(), regression)
-    fitted.fit(x.cpu().double(), y)
-    return fitted.score(x_test.cpu().double(), y_test)
+    fitted.fit(torch.as_tensor(x).cpu().double(), y)
+    return fitted.score(torch.as_tensor(x_test).cpu().double(), y_test)
 
 
 def spread(one: torch.Tensor, again: torch.Tensor, y: torch.Tensor) -> float:
     """How free a prior leaves its image. Features (n, D) of two images of each of n priors, from
     different noise -> mean distance between images of one prior, divided by that between images of
     different priors and the same class y (n,). 0: the prior fixes the image; 1: it fixes nothing.
-    Models with different numbers of classes cannot be compared. NaN: no two images share one."""
+    Models with different numbers of classes cannot be compared. NaN: no two share a class."""
     distances = torch.cdist(one.cpu().double(), again.cpu().double())  # (n, n)
     same_class = y[:, None] == y
     same_class.fill_diagonal_(False)  # but not of one prior
@@ -232,9 +231,9 @@ def train_classifier(network: nn.Module, images: Array, y: Array, steps: int = 5
 
 
 def classifier(checkpoint: dict, training: Labelled) -> tuple[Callable, str]:
-    """CHOICE: for small images, a network fitted to the training images takes Inception's place. It
-    learns the original classes, so that --class-groups leaves FID on the same scale, runs on the
-    CPU, and is kept under out/. -> network, hash of its weights. Raises UserError for one class."""
+    """The network for small images, trained once and kept under out/ -> network, hash of weights.
+    CHOICE: it learns the original classes, so that --class-groups leaves FID on the same scale, and
+    runs on the CPU. Raises UserError for images of one class."""
     classes = len(training.original_classes)
     if classes < 2:
         raise UserError("images of one class have no classifier; use --features inception")
@@ -394,6 +393,9 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
     data = args.data or checkpoint["data"]
     settings = [checkpoint[name] for name in ("image_size", "channels", "held_out")]
     settings += [model.config.num_classes, getattr(args, "cache", None)]
+    if settings[-1]:
+        facts = checkpoint | {"data": data, "cache": args.cache, "workers": 0}
+        open_cache(argparse.Namespace(**facts), codec)
     training, held_out, fingerprint = load_data(data, *settings)
     if fingerprint != checkpoint["fingerprint"]:
         raise UserError(f"{data} does not have the images of the run of {args.ckpt}")
@@ -419,9 +421,9 @@ class Evaluation:
 
 
 def start_run(args: argparse.Namespace, needs_lem: bool) -> Evaluation:
-    """Measures held-out images and, for the first row, training images in place of samples.
-    CHOICE: the reference is 1,000 held-out images (--num), and the samples get their classes; the
-    paper compares 50,000 samples of random classes with ImageNet's training images."""
+    """Measures held-out images and, for the first row, training images in place of samples. Raises
+    UserError. CHOICE: the reference is 1,000 held-out images (--num), and samples get their
+    classes; the paper compares 50,000 samples of random classes with training images."""
     checkpoint, model, codec, data, held_out_data = open_run(args, needs_lem)
     images, labels, _ = take_images(held_out_data, args.num)
     # Training images that the classifier has not learned, if there are 20,000 or more.
@@ -482,7 +484,7 @@ def stages(args: argparse.Namespace) -> None:
     # The baseline that stage 2 has to beat: the same model, guided by the class alone.
     for w in args.cfg_stage1 if run.model.config.num_classes > 1 else []:
         draw_stage(run, w)
-    draw_and_report(run)
+    plot_and_report(run)
 
 
 def reconstruct(args: argparse.Namespace) -> None:
@@ -496,7 +498,7 @@ def reconstruct(args: argparse.Namespace) -> None:
         row, images, _, _ = draw_stage(run, w, prior=torch.cat(parts))
         row["what"] = "reconstruction"  # so its FID is the rFID
         row |= compare_pairs(run.images, images)
-    draw_and_report(run)
+    plot_and_report(run)
 
 
 def samples(args: argparse.Namespace) -> None:
@@ -537,7 +539,7 @@ def samples(args: argparse.Namespace) -> None:
 def probe(args: argparse.Namespace) -> None:
     """Table 2, right: linear probes of LEM's latent tokens, top-1 on held-out images.
     CHOICE: of their mean and of all of them; the paper does not say how it pools them. Raises
-    UserError without LEM, for images of one class, or if --cache has latents of other images."""
+    UserError without LEM or held-out images, for one class, or if --cache is not the run's own."""
     checkpoint, model, codec, training, held_out = open_run(args, needs_lem=True)
     if len(training.original_classes) < 2 or not len(held_out):
         raise UserError(f"{args.ckpt} has one class or no held-out images: there is no probe")
@@ -564,7 +566,7 @@ def probe(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------- reports
 
 
-def draw_and_report(run: Evaluation) -> None:
+def plot_and_report(run: Evaluation) -> None:
     """What `stages` and `reconstruct` leave: FID over w, a curve for each stage, and the report."""
     import matplotlib.figure
 
@@ -629,7 +631,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--cfg-stage1", **scales, default=[1.5, 2, 3, 4], help="class guidance")
         if function == probe:
             add("--num", type=bounded(int, 4), default=10_000, help="images of each set")
-            add("--cache", help="folder of the run's latents; default: images are encoded")
+            add("--cache", help="folder for their latents; default: they are encoded each time")
         if function == samples:
             add("--ref", required=True, help="folder of images or .npz")
             add("--samples", required=True, help="folder of images or .npz")

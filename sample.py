@@ -512,7 +512,7 @@ class Codec:
 
 def load_codec(name: str, device: torch.device | str = "cpu", trained: dict | None = None) -> Codec:
     """The codec that --vae names, or the checkpoint `trained`, whose VAE may have moved to another
-    place. Raises UserError if it is another VAE than that of the checkpoint."""
+    place. Raises UserError if its scale or shift is another than the checkpoint's."""
     codec = Codec(name, device)
     if trained and (codec.scale, codec.shift) != (trained["scale"], trained["shift"]):
         raise UserError(f"--vae {name} has another scale or shift than the VAE of the checkpoint")

@@ -124,7 +124,7 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int, decay: float = 0.9
 def train(args: argparse.Namespace) -> None:
     """The training loop (section 4.1), from the step after the last checkpoint to --steps."""
     run = set_up(args)
-    model, ema, optimizer = run.modules.values()
+    model, ema, optimizer = [run.modules[name] for name in ("model", "ema", "optimizer")]
     rank, ranks = rank_and_world_size()
     device = model.device
     generator = torch.Generator(device)
@@ -143,8 +143,8 @@ def train(args: argparse.Namespace) -> None:
     bar = tqdm(steps, initial=run.done, total=args.steps, mininterval=1, disable=rank > 0)
     try:
         for step in bar:
-            # This rank's share of the images, or cached moments, and classes of the batch. The time
-            # spent waiting here tells whether the loader keeps up with the device.
+            # This rank's images (or cached moments) and classes. The time spent waiting for them
+            # tells whether the loader keeps up with the device.
             asked = time.time()
             try:
                 x, y = next(images)
@@ -279,8 +279,8 @@ def set_up(args: argparse.Namespace) -> Run:
     if args.cache:
         open_cache(args, codec)
     settings = (args.image_size, args.channels, args.held_out, args.class_groups, args.cache)
-    training, held_out, fingerprint = load_data(args.data, *settings)
-    held_out = [held_out[i, False] for i in range(min(256, len(held_out)))]
+    training, others, fingerprint = load_data(args.data, *settings)
+    held_out = [others[i, False] for i in range(min(256, len(others)))]
     channels, side = codec.latent_shape(args.channels, args.image_size)
     config = replace(
         CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=side,
@@ -352,9 +352,10 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> tup
         return model, modules
 
     # DDP would cut compiled blocks into smaller ones; its documentation has no other name for this
-    # switch. Buffers are constants, which need no exchange.
+    # switch.
     torch._dynamo.config.optimize_ddp = False
-    network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    network.broadcast_buffers = False  # they are constants, which need no exchange
     return network, modules
 
 
@@ -542,7 +543,7 @@ def read_latents(i: int, file: Path, shape: list[int]) -> Tensor:
 def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, note: dict) -> None:
     """Encodes all images of --data into a file of fp16, (n, 2 flips, 2 moments, C, H, W): mean and
     standard deviation of the VAE's posterior, from which each step draws anew. Each rank encodes a
-    contiguous part. The file gets its name when it is complete. Raises UserError.
+    contiguous part. The file gets its name when it is complete. UserError for unreadable images.
     CHOICE: fp16; what it rounds away is far below the deviation."""
     rank, ranks = rank_and_world_size()
     images, _, fingerprint = load_data(args.data, args.image_size, args.channels, held_out=0)
@@ -583,8 +584,8 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, note: dict)
 
 
 def open_cache(args: argparse.Namespace, codec: Codec) -> None:
-    """Makes the --cache unless it is there. Raises UserError for one that was made otherwise. Later
-    it needs neither the images nor a look at their files."""
+    """Makes the --cache unless it is there. Raises UserError for one that was made otherwise. Once
+    it is there, the images are not needed any more."""
     file = Path(args.cache) / "latents.fp16"
     settings = {"data": str(Path(args.data).resolve()), "image_size": args.image_size}
     settings |= {"vae": codec.name, "scale": codec.scale, "shift": codec.shift}
@@ -630,7 +631,7 @@ def save_checkpoint(path: Path, facts: dict, step: int, modules: dict) -> None:
 
 def resume(path: Path, modules: dict, facts: dict) -> int:
     """Loads a checkpoint into a run's modules -> its step. UserError if it is another run's."""
-    # Compare every setting its result depends on. Data and VAE may have moved, without --cache.
+    # Every setting on which the result depends is compared. Without --cache, data and VAE may move.
     saved = load_checkpoint(path)
     before = saved | saved["config"]
     free = ("data", "codec", "config", "w", "fingerprint")
@@ -651,22 +652,21 @@ def summarise(run: Run, step: int, results: list[Tensor]) -> dict:
     """The losses, gradient norm and rate of an interval that ends with `step`, over all ranks. They
     are read here and not in each step, so that a GPU need not wait. Raises FloatingPointError that
     names the first step that is not finite."""
-    table = sum_over_ranks(torch.stack(results, dim=1)) / rank_and_world_size()[1]  # (4, steps)
+    ranks = rank_and_world_size()[1]
+    table = sum_over_ranks(torch.stack(results, dim=1)) / ranks  # (4, steps)
     bad = (~table.isfinite().all(0)).nonzero()
     if len(bad):
         what = f"the loss of step {step - len(results) + 1 + int(bad[0])} (or its gradient)"
         last = f"{run.out}/ckpt.pt is the last good one"
         raise FloatingPointError(f"{what} is not finite; {last}; try a lower --lr")
-    loss, with_prior, with_S, norm = table.mean(1).tolist()
+    loss, sum_prior, sum_S, norm = table.mean(1).tolist()
     record = {"step": step, "loss": loss}
 
-    # Means over a rank's images with their prior and over those with S.
-    batch_size = run.args.batch_size
+    # The sums become means over all images with their prior and over all with S.
     if run.args.latent_tokens:
-        S = round(run.args.p_s * batch_size)
-        ranks = rank_and_world_size()[1]
-        record["loss_prior"] = with_prior * ranks / (batch_size - S)
-        record["loss_S"] = with_S * ranks / S
+        number_S = round(run.args.p_s * run.args.batch_size)
+        record["loss_prior"] = sum_prior * ranks / (run.args.batch_size - number_S)
+        record["loss_S"] = sum_S * ranks / number_S
     lr = run.modules["optimizer"].param_groups[0]["lr"]
     return record | {"grad_norm": norm, "lr": lr}
 
@@ -680,7 +680,8 @@ def held_out_loss(run: Run) -> dict[str, float]:
     ema = run.modules["ema"]
     device = ema.device
     x1, eps, t, _ = draw_noise(run.args.seed, 0, len(x), ema.config, torch.Generator(device))
-    x0 = run.codec.encode(x.to(device), eps)
+    pairs = zip(x.to(device).split(32), eps.split(32), strict=True)  # a VAE takes much memory
+    x0 = torch.cat([run.codec.encode(part, its_eps) for part, its_eps in pairs])
     keeps = keeps_prior(len(x), run.args.p_s if ema.config.N else 1).to(device)
     losses = rectified_flow_loss(ema, x0, y.to(device), x1, t, keeps.nonzero().squeeze(1))
     found = {"held_out_loss": losses.mean().item()}
@@ -708,7 +709,8 @@ def read_log(path: Path) -> list[dict]:
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-            records += [record] if "step" in record else []
+            if "step" in record:
+                records.append(record)
         except (ValueError, TypeError):
             print(f"a damaged line of {path} is left out")
     return records
@@ -739,8 +741,8 @@ def plot_log(log: Path, out: Path) -> None:
 
 # ------------------------------------------------------------------------------------------ command
 
-# Defaults that depend on --data, --vae and --model. FOLDER serves any folder of images. w, the
-# guidance scale, of the letters: the best of a scan at one rate; at a quarter 3 is a bit better.
+# Defaults that depend on --data, --vae and --model. FOLDER serves any folder of images. w of the
+# letters, the guidance scale: the best of a scan where LEM had --lr; at a quarter 3 is better.
 LETTER_DATA = dict(image_size=16, channels=1, patch_size=4, flip=False, w=2.0)
 FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, w=3.5)
 IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, w=5.5)  # with --vae
@@ -784,7 +786,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--steps", type=natural, help="training steps")
     add("--batch-size", type=natural, help="images in a step, of all ranks together")
     add("--lr", type=bounded(float, 0), help="AdamW's constant learning rate")
-    add("--lem-lr-factor", type=bounded(float, 0), help="rate of LEM and the prior's MLP, / --lr")
+    add("--lem-lr-factor", type=bounded(float, 0), help="rate of LEM and prior's MLP, over --lr")
     add("--warmup", type=count, help="first steps, over which the rate grows")
     add("--ema-decay", type=share, default=0.999, help="decay of the averaged weights")
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
@@ -821,15 +823,16 @@ def main() -> None:
     device = pick_device(args.device)
     if not args.precision:
         args.precision = "bf16" if device.type == "cuda" else "fp32"
+    if args.cache and args.vae == "none":
+        raise UserError("--cache keeps latents; without --vae there are none")
     if rank_and_world_size()[0] > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
 
     # Nothing that is there is overwritten. Hidden files are what a kill leaves of our own.
     out = Path(args.out)
-    first = rank_and_world_size()[0] == 0
     with process_group(device), lock(out):
         goes_on = args.resume and (out / "ckpt.pt").exists()
-        if first and not goes_on and any(out.glob("[!.]*")):
+        if rank_and_world_size()[0] == 0 and not goes_on and any(out.glob("[!.]*")):
             raise UserError(f"{out} has files already; give another --out, or --resume its run")
         train(args)
 
