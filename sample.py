@@ -159,7 +159,7 @@ def main() -> None:
     checkpoint = load_checkpoint(args.ckpt)  # on the CPU
     model = load_model(checkpoint, device)
     codec = load_codec(args.vae or checkpoint["codec"], device, checkpoint)
-    sampler = Sampler(args.solver, args.steps, args.seed)
+    sampler = Sampler("euler" if args.steps else "dopri5", args.steps or 50, args.seed)
 
     # The classes, and the guidance of each stage: section 3.3 leaves stage 1 unguided.
     names = checkpoint["classes"]  # with --class-groups, the groups' names
@@ -332,8 +332,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--stages", type=natural, help="None: 2, without LEM 1")
     add("--cfg", type=scale, help="guidance with a prior; None: the model's own")
     add("--cfg-stage1", type=scale, help="class guidance; None: 1 (off), in a grid's 2nd block 2")
-    add("--solver", choices=["dopri5", "euler"], default="dopri5", help="RK45, or Euler's method")
-    add("--steps", type=natural, default=50, help="Euler steps in each stage")
+    add("--steps", type=natural, help="of Euler's method, in each stage; None: RK45")
     add("--batch-size", type=natural, default=256, help="images sampled at a time")
     add("--precision", choices=["fp32", "tf32"], default="fp32", help="tf32: faster, on NVIDIA")
     add("--per-class", type=natural, default=4, help="rows of each block of the grid")

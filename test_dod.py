@@ -1006,7 +1006,7 @@ def test_an_image_is_a_function_of_seed_and_number(monkeypatch):
         PIXELS.decode(torch.tensor([0.5, math.nan]).view(2, 1, 1, 1))
 
 
-SET = ["--device", "cpu", "--solver", "euler", "--steps", 2, "--seed", 7, "--batch-size", 4]
+SET = ["--device", "cpu", "--steps", 2, "--seed", 7, "--batch-size", 4]
 
 
 def set_of(path: Path, *flags) -> tuple[np.ndarray, np.ndarray]:
