@@ -1077,6 +1077,10 @@ def test_the_grid_is_fair(ckpt, tmp_path, monkeypatch):
         assert torch.equal(images[:2], image)
         assert np.array_equal(images[2:].permute(0, 2, 3, 1), expected)
 
+    # RK45 is the default (section 3.3).
+    monkeypatch.setattr(sample, "draw_samples", lambda *given: grids.append(given[-1]))
+    assert run(sample, "--ckpt", ckpt, "--device", "cpu") == 0 and grids[2] == Sampler()
+
 
 def test_a_path_leads_from_the_noise_of_each_stage_to_its_sample(ckpt, monkeypatch):
     # Ten Euler steps of each of two stages: a row of x_t, and a row of predicted x_0.
