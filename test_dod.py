@@ -926,11 +926,20 @@ def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae, t
     codec = sample.load_codec(vae)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    eps = torch.randn(40, 4, 8, 8, generator=generator)
+    dod = awake(replace(TINY, latent_channels=4))
+    x1, eps, t, _ = train.draw_noise(0, 0, 40, dod.config, torch.Generator())
     posterior = codec.vae.encode(images / 127.5 - 1).latent_dist
     expected = 3 * (posterior.mean + posterior.std * eps - 0.5)
     assert close(codec.encode(images, eps), expected, 1e-4)
     assert close(codec.encode(images), 3 * (posterior.mean - 0.5), 1e-4)
+
+    # They are what the held-out loss is of.
+    given = Namespace(held_out=[(image, 0) for image in images], codec=codec, modules={"ema": dod})
+    given.args = Namespace(seed=0, p_s=0.5)
+    rows = flow.keeps_prior(40, 0.5).nonzero().squeeze(1)
+    y = torch.zeros(40, dtype=torch.long)
+    loss = flow.rectified_flow_loss(dod, expected, y, x1, t, rows).mean()
+    assert close(train.held_out_loss(given)["held_out_loss"], loss, 1e-3)
 
     # Decoding undoes scale and shift.
     pixels = codec.vae.decode(expected / 3 + 0.5).sample
@@ -1102,6 +1111,7 @@ def test_a_path_leads_from_the_noise_of_each_stage_to_its_sample(ckpt, monkeypat
     ("train --data hidden", "0.png is hidden"),
     ("train --data nowhere", "No such file or directory: 'nowhere'"),
     ("train --device cuda:99", "device cuda:99 is not available here"),
+    ("train --cache latents", "without --vae there are none"),
     ("train --p-s 0", "--p-s 0.0 leaves S without an image"),
     ("train --out R", "R has files already"),
     ("sample --number 9 --npz data.npz", "data exists already; give another name"),
