@@ -813,9 +813,9 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
     assert not torch.equal(found["ema"]["W_g.weight"], found["model"]["W_g.weight"])
     group = found["optimizer"]["param_groups"][0]
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0)
-    args = train.parse(["--model", "DoD-XL"])
+    args = train.parse(["--model", "DoD-XL", "--vae", "any"])
     given = (args.lr, args.lem_lr_factor, args.warmup, args.batch_size, args.ema_decay, args.p_s)
-    assert (*given, args.w) == (1e-4, 1, 0, 256, 0.999, 0.5, 3.5)
+    assert (*given, args.w, args.image_size) == (1e-4, 1, 0, 256, 0.999, 0.5, 3.5, 256)
 
 
 def test_a_resumed_run_is_the_run_that_was_started(trained, monkeypatch, capfd):
@@ -1426,6 +1426,11 @@ def test_table2_the_probe_reads_images_or_the_cache_of_the_run(colours, tmp_path
             assert close(mean[i], l_hat.mean(1), 0.01)
             assert close(everything[i], l_hat.flatten(1), 0.01)
             assert [*mean[i + 1]] == [*everything[i + 1]] == [*part.original_labels]
+
+    # The cache of another VAE is refused.
+    about = Path(shutil.copytree(colours / "cache", "other")) / "about.json"
+    about.write_text(about.read_text().replace('"shift": 0.5', '"shift": 0.7'))
+    assert run(evaluate, "probe", "--ckpt", colours / "run/ckpt.pt", "--cache", "other") == 2
 
 
 def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right(tmp_path):
