@@ -1332,6 +1332,7 @@ def test_the_classifier_learns_under_noise_of_0_to_24_grey_levels():
     pixels = torch.cat(seen).flatten(1) * 127.5
     levels = pixels.std(1)  # one for each image, uniform
     assert levels.min() < 1 and 11 < levels.mean() < 13 and 23 < levels.max() < 28
+    assert levels[:128].std() > 4  # also within a batch
     assert (pixels.mean() + 127.5 - 51).abs() < 1
 
 
