@@ -758,7 +758,8 @@ PAPER = dict(batch_size=256, lr=1e-4, lem_lr_factor=1.0, warmup=0, steps=400_000
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags. Those without a default here get it from the tables above."""
-    parser = Parser(description="A default of None is replaced to suit --data, --vae and --model.")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.epilog = "A default of None is replaced to suit --data, --vae and --model."
     switch = argparse.BooleanOptionalAction
     share = bounded(float, 0, 1)
     natural = bounded(int, 1)
