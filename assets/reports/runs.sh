@@ -64,6 +64,7 @@ train cifar-K10-quarter-seed0 10000 --class-groups 10 --seed 0 --lem-lr-factor 0
 report cifar-groups10-quarter0-10000 cifar-K10-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 report cifar-groups10-quarter0-2500 cifar-K10-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 report probe-cifar-quarter0-10000 cifar-K10-quarter-seed0 10000 probe
+report reconstruct-cifar-quarter0-10000 cifar-K10-quarter-seed0 10000 reconstruct --cfg 1 1.5 2 3 4 6
 
 train K1-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 1 --seed 0
 report groups1-fit0-10000 K1-fitv2-seed0 10000 stages --steps 40
