@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 71 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 73 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits, except for --prior-from: those had no
 # MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -47,6 +47,12 @@ report groups2-quarter1-2500 K2-quarter-seed1 2500 stages --stages 2 --cfg 1 1.5
 
 train K2-quarter-seed2 2500 --class-groups 2 --seed 2 --lem-lr-factor 0.25
 report groups2-quarter2-2500 K2-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
+
+train K10-fitv2-lr0.0014-seed0 2500 --model FiTv2-Ti --class-groups 10 --seed 0 --lr 0.0014
+report groups10-fitv2-lr0.0014-0-2500 K10-fitv2-lr0.0014-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
+
+train K10-fitv2-seed0 2500 --model FiTv2-Ti --class-groups 10 --seed 0
+report groups10-fitv2-0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 
 train K10-quarter-seed0 10000 --class-groups 10 --seed 0 --lem-lr-factor 0.25
 report groups10-quarter0-10000 K10-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
