@@ -59,6 +59,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 HALF = torch.tensor([0, 3, 4])  # `with_prior` if three images of batch() keep theirs
 TRAINING, HELD_OUT, _ = train.load_data("letters", 16, 1, 0.1)
 PIXELS = sample.Codec()  # without a VAE: the latent is the image itself
+PLOT = Mock()  # stands in for train.plot_log, which takes a third of a second
 
 
 def awake(config: Config = TINY) -> DoD:
@@ -446,7 +447,8 @@ def run(module, *argv) -> int:
     """A script's command in this process -> its exit status."""
     # A training run catches signals. Without the old handlers, Ctrl-C could not end pytest.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, argv)]):
+    sys_argv = patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    with sys_argv, patch.object(train, "plot_log", PLOT):
         try:
             sample.run_command(module.main)
             return 0
@@ -797,6 +799,9 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
     flags = [*QUICK, "--latent-tokens", 0, "--steps", 2, "--out", tmp_path / "fit"]
     assert run(train, *flags) == 0
     assert records_of(tmp_path / "fit", *keys)[-1].count(None) == 3
+    assert PLOT.call_args.args == (tmp_path / "fit/log.jsonl", tmp_path / "fit/loss.png")
+    for out in (trained, tmp_path / "fit"):
+        train.plot_log(out / "log.jsonl", tmp_path / "loss.png")
     assert sample.load_checkpoint(tmp_path / "fit/ckpt.pt")["step"] == 2  # the last, saved always
 
     # A milestone is sampled from like ckpt.pt. The image of the default name is replaced.
