@@ -392,11 +392,11 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
     # The same images, split and grouped in the same way; they may have moved.
     data = args.data or checkpoint["data"]
     settings = [checkpoint[name] for name in ("image_size", "channels", "held_out")]
-    settings += [model.config.num_classes, getattr(args, "cache", None)]
-    if settings[-1]:
-        facts = checkpoint | {"data": data, "cache": args.cache, "workers": 0}
+    cache = getattr(args, "cache", None)
+    if cache:
+        facts = checkpoint | {"data": data, "cache": cache, "workers": 0}
         open_cache(argparse.Namespace(**facts), codec)
-    training, held_out, fingerprint = load_data(data, *settings)
+    training, held_out, fingerprint = load_data(data, *settings, model.config.num_classes, cache)
     if fingerprint != checkpoint["fingerprint"]:
         raise UserError(f"{data} does not have the images of the run of {args.ckpt}")
     # Reports and figures need what the checkpoint says of itself, but not its weights.
