@@ -183,7 +183,7 @@ def main() -> None:
 def draw_samples(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
     """Draws one seed's samples: a column a class; a block of rows for stage 1, for stage 1 guided
     by the class, and for each later stage, or for each image of --prior, which is its first row."""
-    y = torch.tensor(args.classes * args.per_class, device=model.device)
+    y = torch.tensor(args.classes * (args.per_class or 4), device=model.device)
     draw = partial(generate, model, y, sampler=sampler, batch_size=args.batch_size)
     samples, _ = draw(1, [1.0]) if args.prior else draw(len(args.w), [1.0, *args.w[1:]])
     blocks = [("class\nw = 1", codec.decode(samples[0]))]
@@ -209,9 +209,9 @@ def draw_samples(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sam
 
 @torch.no_grad()
 def draw_path(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler) -> None:
-    """Draws one image of the first class on its way, at the ten Euler steps of each stage: a row of
+    """Draws one image of the first class on its way, at the Euler steps of each stage: a row of
     x_t, and a row of the x_0 to which the velocity points from there."""
-    sampler = replace(sampler, solver="euler", steps=10)
+    sampler = replace(sampler, solver="euler", steps=args.steps or 10)
     y = torch.tensor(args.classes[:1], device=model.device)
     shape = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
     blocks = []
@@ -221,11 +221,10 @@ def draw_path(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sample
         e_s = None if z0 is None else model.visual_prior(z0)
         path = []
         z0, _ = sample_stage(model, z1, y, e_s, w, sampler, path)
-        x_t, x_0 = zip(*path, strict=True)  # ten of each, (1, C, H, W)
+        x_t, x_0 = zip(*path, strict=True)  # each (1, C, H, W)
         for what, states in (("x_t", x_t), ("predicted x_0", x_0)):
-            images = codec.decode(torch.cat(states))
-            blocks.append((f"stage {i + 1}, w = {w:g}\n{what}", images))
-    draw_grid(args.out, blocks, [f"t = {1 - k / 10:.1f}" for k in range(10)])
+            blocks.append((f"stage {i + 1}, w = {w:g}\n{what}", codec.decode(torch.cat(states))))
+    draw_grid(args.out, blocks, [f"t = {1 - k / len(path):.3g}" for k in range(len(path))])
 
 
 def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
@@ -332,10 +331,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--stages", type=natural, help="None: 2, without LEM 1")
     add("--cfg", type=scale, help="guidance with a prior; None: the model's own")
     add("--cfg-stage1", type=scale, help="class guidance; None: 1 (off), in a grid's 2nd block 2")
-    add("--steps", type=natural, help="of Euler's method, in each stage; None: RK45")
+    add("--steps", type=natural, help="of Euler's method, in each stage; None: RK45, --path 10")
     add("--batch-size", type=natural, default=256, help="images sampled at a time")
     add("--precision", choices=["fp32", "tf32"], default="fp32", help="tf32: faster, on NVIDIA")
-    add("--per-class", type=natural, default=4, help="rows of each block of the grid")
+    add("--per-class", type=natural, help="rows of each block of a grid; None: 4")
     add("--out", type=Path, help="image to write; None: out/samples.png, which is replaced")
     add("--seed", type=bounded(int, 0), default=0, help="the same seed draws the same images")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -343,7 +342,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     # Instead of a grid. (torchrun would take --num for one of its own flags, hence --number.)
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--path", action="store_true", help="one image on its way, in ten steps of Euler's method")
+    add("--path", action="store_true", help="one image on its way, by Euler's method")
     add("--prior", help="a.png,b.png: a block for each of your images, which is its prior")
     add("--npz", type=Path, help="FILE.npz: a set of samples, with a folder FILE; also by torchrun")
     add = parser.add_argument_group("sets of samples (--npz)").add_argument
@@ -355,6 +354,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("--number and --prior-data are for sets of samples: add --npz FILE.npz")
     if args.npz and args.out:
         raise UserError("--out is for a single picture; --npz names the files of a set")
+    if args.per_class and (args.npz or args.path):
+        raise UserError("--per-class is for grids, which --npz and --path do not draw")
     replaced = args.stages or args.classes or args.cfg_stage1
     if (args.prior and args.stages) or (args.prior_data and replaced):
         raise UserError("given priors take one stage, guided by --cfg; --prior-data gives classes")

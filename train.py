@@ -28,7 +28,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -152,7 +152,7 @@ def train(args: argparse.Namespace) -> None:
                 # The finished steps are saved first, by the rank that failed, for all have the same
                 # weights; but not if rank 0 has just saved them, or is about to.
                 if (step - 1) % args.save_every and all(x.isfinite().all() for x in results):
-                    save_checkpoint(run.out / "ckpt.pt", run.facts, step - 1, run.modules)
+                    save_checkpoint(args.out / "ckpt.pt", run.facts, step - 1, run.modules)
                 # A traceback would keep the loader's workers alive; the error's text has theirs.
                 raise (error.with_traceback(None) if args.workers else error) from None
             waited += time.time() - asked
@@ -162,20 +162,19 @@ def train(args: argparse.Namespace) -> None:
             x1, eps, t, dropped = [draw[run.share] for draw in draws]
             x0 = run.codec.encode(x.to(device, non_blocking=True), eps)
             y = torch.where(dropped, model.null_class, y.to(device, non_blocking=True))
-            if step == run.done + 1 and args.vae != "none" and not 0.5 < x0.std() < 2:
-                print(f"warning: latents have std {x0.std():.3g}, not 1: is scaling_factor right?")
 
             # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * min(1, step / max(1, args.warmup))
             settings = (run.with_prior, step, args.precision == "bf16", args.ema_decay)
-            result = training_step(run.network, ema, optimizer, (x0, x1, t, y), *settings)
-            results.append(result)
+            results.append(training_step(run.network, ema, optimizer, (x0, x1, t, y), *settings))
 
             # Several ranks vote at every tenth step only, for a vote waits for the GPU.
             stop = bool(signals) and ranks == 1
             if ranks > 1 and step % 10 == 0:
-                stop = sum_over_ranks(torch.tensor(len(signals), device=device)).item() > 0
+                votes = torch.tensor(len(signals), device=device)
+                dist.all_reduce(votes)
+                stop = votes.item() > 0
 
             # Now and then: log, save. Only then need the GPU have finished.
             save = stop or step == args.steps or step % args.save_every == 0
@@ -196,9 +195,9 @@ def train(args: argparse.Namespace) -> None:
         print(f"stopped after step {step}; the same command with --resume continues")
         sys.exit(130)  # as a program ended by Ctrl-C
     if rank == 0:
-        plot_log(run.out / "log.jsonl", run.out / "loss.png")
+        plot_log(args.out / "log.jsonl", args.out / "loss.png")
         for command in ("sample.py", "evaluate.py stages"):
-            print(f"next: python {command} --ckpt {run.out}/ckpt.pt")
+            print(f"next: python {command} --ckpt {args.out}/ckpt.pt")
 
 
 def after_interval(
@@ -211,36 +210,30 @@ def after_interval(
     record = summarise(run, step, results)
     seconds = time.time() - began  # by now a GPU has finished these steps
     images_per_s = len(results) * run.args.batch_size / seconds
+    rank, ranks = rank_and_world_size()
     record |= {"images_per_s": images_per_s, "seconds": seconds}
+    record["tflops"] = images_per_s * run.flops / ranks / 1e12  # a second, of each GPU
     record["waiting_for_data"] = waited / seconds  # a share of the time
-    if run.full_speed:
-        speed = images_per_s / rank_and_world_size()[1]  # of this GPU
-        record["share_of_matrix_rate"] = speed / run.full_speed
+    if torch.cuda.is_available():
         record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    if rank_and_world_size()[0] > 0:
+    if rank > 0:
         return
 
     # The held-out loss belongs to the record. Should it fail, the steps are saved all the same.
+    out = run.args.out
     try:
         if save and run.held_out:
             record |= held_out_loss(run)
     finally:
-        with open(run.out / "log.jsonl", "a") as log:
+        with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
         if milestone:
             ema = {"ema": run.modules["ema"]}
-            save_checkpoint(run.out / f"ema-{step:07}.pt", run.facts, step, ema)
+            save_checkpoint(out / f"ema-{step:07}.pt", run.facts, step, ema)
         if save:
-            save_checkpoint(run.out / "ckpt.pt", run.facts, step, run.modules)
+            save_checkpoint(out / "ckpt.pt", run.facts, step, run.modules)
     if save and "loss_S" in record:
         tqdm.write(worth_of_prior(record, run.args))
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Adds up, in place, what each rank has, if there are several."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
 
 
 # --------------------------------------------------------------------------------- setting a run up
@@ -251,7 +244,6 @@ class Run:
     """What the loop works with; set_up() makes it."""
 
     args: argparse.Namespace
-    out: Path
     codec: Codec
     network: nn.Module  # what training calls, see build()
     modules: dict  # model, ema and optimizer, whose states a checkpoint has
@@ -260,7 +252,7 @@ class Run:
     share: slice  # this rank's part of a batch
     with_prior: Tensor  # see training_step()
     loader: DataLoader
-    full_speed: float  # images per second of a GPU at the rate of a matrix product; 0 without CUDA
+    flops: float  # operations of training on one image
     done: int  # the steps that were done when the run was started or resumed
 
 
@@ -296,8 +288,7 @@ def set_up(args: argparse.Namespace) -> Run:
     facts |= {"codec": codec.name, "scale": codec.scale, "shift": codec.shift}
     facts["config"] = asdict(config)
     network, modules = build(args, config, device)
-    out = Path(args.out)
-    ckpt = out / "ckpt.pt"
+    ckpt = args.out / "ckpt.pt"
     done = resume(ckpt, modules, facts) if args.resume and ckpt.exists() else 0
     barrier()  # all ranks have looked for it before rank 0 writes one
     if rank_and_world_size()[0] == 0:
@@ -305,23 +296,21 @@ def set_up(args: argparse.Namespace) -> Run:
         if not done:
             save_checkpoint(ckpt, facts, 0, modules)
         # The steps after the checkpoint come again, and their records with them.
-        log = out / "log.jsonl"
+        log = args.out / "log.jsonl"
         kept = [json.dumps(x) + "\n" for x in read_log(log) if x["step"] <= done]
         with replacing(log) as temporary:
             temporary.write_text("".join(kept))
 
     # The loader carries images (or cached moments) and classes of this rank's share only.
     numbers = batches(len(training), args.batch_size, args.seed, args.flip, done + 1)
-    cuda = device.type == "cuda"
     loader = DataLoader(
         training, batch_sampler=(batch[share] for batch in numbers), num_workers=args.workers,
-        pin_memory=cuda, worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
     )  # fmt: skip
-    rate = matrix_rate(device, args.precision == "bf16") if cuda else 0.0
-    speed = rate / training_flops(config, args.p_s)
+    flops = training_flops(config, args.p_s)
     return Run(
-        args, out, codec, network, modules, facts, held_out, share, with_prior, loader, speed, done
-    )  # fmt: skip
+        args, codec, network, modules, facts, held_out, share, with_prior, loader, flops, done
+    )
 
 
 def build(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[nn.Module, dict]:
@@ -351,21 +340,11 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> tup
     if rank_and_world_size()[1] == 1:
         return model, modules
 
-    # DDP would cut compiled blocks into smaller ones; its documentation has no other name for this
-    # switch.
+    # DDP would cut compiled blocks into smaller ones; its documentation names no public switch.
     torch._dynamo.config.optimize_ddp = False
     network = DistributedDataParallel(model, gradient_as_bucket_view=True)
     network.broadcast_buffers = False  # they are constants, which need no exchange
     return network, modules
-
-
-def matrix_rate(device: torch.device, bf16: bool) -> float:
-    """Operations per second of a large matrix product: what the device is capable of."""
-    from torch.utils.benchmark import Timer
-
-    matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if bf16 else None)
-    timer = Timer("m @ m", globals={"m": matrix}, num_threads=torch.get_num_threads())
-    return 2 * len(matrix) ** 3 / timer.blocked_autorange().median
 
 
 def ignore_signals(worker: int) -> None:
@@ -552,13 +531,14 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, note: dict)
     size = 2 * math.prod(shape)  # bytes of an image
     parts = [len(images) * k // ranks for k in range(ranks + 1)]
 
-    # Rank 0 makes the file, in its full size: a disk that is too small is noticed now.
+    # Rank 0 makes an empty file, which gets its name when it is complete.
     path = file.with_name(f".dod-{file.name}")  # the name that replacing() gives it
     with replacing(file) if rank == 0 else nullcontext():
         if rank == 0:
-            with open(path, "wb") as latents:
-                if hasattr(os, "posix_fallocate"):  # macOS has no such call
-                    os.posix_fallocate(latents.fileno(), 0, len(images) * size)
+            note |= {"made": time.ctime(), "shape": shape, "fingerprint": fingerprint}
+            note |= {"classes": images.classes, "labels": images.labels.tolist()}
+            file.with_name("about.json").write_text(json.dumps(note))
+            path.touch()
         barrier()
 
         # This rank's part. Images are mirrored here, so that each file is read only once. (In a
@@ -574,12 +554,6 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, note: dict)
             latents.flush()
             os.fsync(latents.fileno())
         barrier()
-
-        # What else training needs, and what tells one cache from another.
-        if rank == 0:
-            note |= {"made": time.ctime(), "shape": shape, "fingerprint": fingerprint}
-            note |= {"classes": images.classes, "labels": images.labels.tolist()}
-            file.with_name("about.json").write_text(json.dumps(note))
     barrier()
 
 
@@ -613,12 +587,11 @@ RECORDED = """
 """.split()
 
 
-def lock(folder: Path) -> AbstractContextManager:
+def lock(folder: Path) -> FileLock | nullcontext:
     """Keeps two runs from writing into one folder: to enter it raises OSError if another one does.
     Rank 0 holds it for all."""
-    if rank_and_world_size()[0] > 0:
-        return nullcontext()
-    return FileLock(folder / ".dod-lock", timeout=0)
+    rank, _ = rank_and_world_size()
+    return FileLock(folder / ".dod-lock", timeout=0) if rank == 0 else nullcontext()
 
 
 def save_checkpoint(path: Path, facts: dict, step: int, modules: dict) -> None:
@@ -653,12 +626,14 @@ def summarise(run: Run, step: int, results: list[Tensor]) -> dict:
     are read here and not in each step, so that a GPU need not wait. Raises FloatingPointError that
     names the first step that is not finite."""
     ranks = rank_and_world_size()[1]
-    table = sum_over_ranks(torch.stack(results, dim=1)) / ranks  # (4, steps)
+    table = torch.stack(results, dim=1)  # (4, steps)
+    if ranks > 1:
+        dist.all_reduce(table)
+    table /= ranks
     bad = (~table.isfinite().all(0)).nonzero()
     if len(bad):
         what = f"the loss of step {step - len(results) + 1 + int(bad[0])} (or its gradient)"
-        last = f"{run.out}/ckpt.pt is the last good one"
-        raise FloatingPointError(f"{what} is not finite; {last}; try a lower --lr")
+        raise FloatingPointError(f"{what} is not finite; ckpt.pt is older; try a lower --lr")
     loss, sum_prior, sum_S, norm = table.mean(1).tolist()
     record = {"step": step, "loss": loss}
 
@@ -707,13 +682,9 @@ def read_log(path: Path) -> list[dict]:
     """The records of log.jsonl. Lines that a kill or a full disk has damaged are left out."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-            if "step" in record:
-                records.append(record)
-        except (ValueError, TypeError):
-            print(f"a damaged line of {path} is left out")
-    return records
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def plot_log(log: Path, out: Path) -> None:
@@ -770,7 +741,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--vae", default="none", help="Stable Diffusion's: its name on the hub, or a folder")
     add("--cache", help="folder for the latents of --vae, which are encoded once")
     add("--model", default="DoD-Ti", choices=CONFIGS, help="preset; those named -Ti suit a CPU")
-    add("--out", help="folder of the run; default: out/ and the name of the data")
+    add("--out", type=Path, help="folder of the run; default: out/ and the name of the data")
     add("--resume", action=switch, default=False, help="continue the run in --out, if there is one")
 
     # Shapes. Their defaults come from --data and --model.
@@ -811,11 +782,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     preset = CONFIGS[args.model]
     paper = PAPER | dict(patch_size=preset.p, w=preset.w)
     defaults = defaults | (SMALL if args.model.endswith("-Ti") else paper)
-    defaults |= dict(latent_tokens=preset.N, out=f"out/{Path(args.data).resolve().name}")
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    return args
+    defaults |= dict(latent_tokens=preset.N, out=Path("out") / Path(args.data).resolve().name)
+    parser.set_defaults(**defaults)
+    return parser.parse_args(argv)
 
 
 def main() -> None:
@@ -830,11 +799,10 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
 
     # Nothing that is there is overwritten. Hidden files are what a kill leaves of our own.
-    out = Path(args.out)
-    with process_group(device), lock(out):
-        goes_on = args.resume and (out / "ckpt.pt").exists()
-        if rank_and_world_size()[0] == 0 and not goes_on and any(out.glob("[!.]*")):
-            raise UserError(f"{out} has files already; give another --out, or --resume its run")
+    with process_group(device), lock(args.out):
+        goes_on = args.resume and (args.out / "ckpt.pt").exists()
+        if rank_and_world_size()[0] == 0 and not goes_on and any(args.out.glob("[!.]*")):
+            raise UserError(f"{args.out} has files already; give another --out, or --resume it")
         train(args)
 
 
