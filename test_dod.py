@@ -771,7 +771,11 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
     assert PLOT.call_args.args == (tmp_path / "fit/log.jsonl", tmp_path / "fit/loss.png")
     for out in (trained, tmp_path / "fit"):
         train.plot_log(out / "log.jsonl", tmp_path / "loss.png")
-    assert sample.load_checkpoint(tmp_path / "fit/ckpt.pt")["step"] == 2  # the last, saved always
+    found = sample.load_checkpoint(tmp_path / "fit/ckpt.pt")
+    assert found["step"] == 2  # the last, saved always
+    images_per_s, tflops = records_of(tmp_path / "fit", "images_per_s", "tflops")[-1]
+    flops = model.training_flops(Config(**found["config"]))
+    assert tflops == pytest.approx(images_per_s * flops / 1e12)
 
     # A milestone is sampled from like ckpt.pt. The image of the default name is replaced.
     monkeypatch.chdir(tmp_path)
