@@ -641,25 +641,30 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     assert records_of(tmp_path / "out", *keys)[-1] == pytest.approx(torch.stack(expected).tolist())
 
     # In training, six images of a batch have their prior and two have S.
-    loss, with_prior, with_S = records_of(tmp_path / "out", "loss", "loss_prior", "loss_S")[1]
+    keys = ("loss", "loss_prior", "loss_S", "images_per_s", "tflops")
+    loss, with_prior, with_S, images_per_s, tflops = records_of(tmp_path / "out", *keys)[1]
     assert 8 * loss == pytest.approx(6 * with_prior + 2 * with_S)
+    assert tflops == pytest.approx(images_per_s * model.training_flops(config, 0.25) / 1e12)
 
 
 def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    # SIGTERM arrives in step 3, which is finished and saved. No second run may write there.
+    # SIGTERM arrives, first at the loader's worker. Step 3 is finished and saved. No second run may
+    # write there.
     flags = [*QUICK, "--steps", "8", "--save-every", "1", "--out"]
     assert run(train, *flags, tmp_path / "whole") == 0
     out = tmp_path / "killed"
     flags += [str(out), "--resume"]
 
     def disturb(step, given):
+        for worker in multiprocessing.active_children():
+            worker.terminate()
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(OSError, match="could not be acquired"), train.lock(out):
                 pass
 
     before_step(monkeypatch, disturb)
-    assert run(train, *flags) == 130
+    assert run(train, *flags, "--workers", 1) == 130
     assert sample.load_checkpoint(out / "ckpt.pt")["step"] == 3
 
     # A kill or a full disk may have left the log ahead of the checkpoint, and damaged lines.
@@ -676,7 +681,7 @@ def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, 
     process.kill()  # SIGKILL
     process.join()
     assert run(train, *flags) == 0
-    assert [file.name for file in out.glob(".*")] == [".dod-lock"]
+    assert {file.name for file in out.glob(".*")} <= {".dod-lock"}
 
     # Both runs ended alike, bit for bit: weights, EMA, AdamW's moments and the log.
     ends = []
@@ -771,11 +776,7 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
     assert PLOT.call_args.args == (tmp_path / "fit/log.jsonl", tmp_path / "fit/loss.png")
     for out in (trained, tmp_path / "fit"):
         train.plot_log(out / "log.jsonl", tmp_path / "loss.png")
-    found = sample.load_checkpoint(tmp_path / "fit/ckpt.pt")
-    assert found["step"] == 2  # the last, saved always
-    images_per_s, tflops = records_of(tmp_path / "fit", "images_per_s", "tflops")[-1]
-    flops = model.training_flops(Config(**found["config"]))
-    assert tflops == pytest.approx(images_per_s * flops / 1e12)
+    assert sample.load_checkpoint(tmp_path / "fit/ckpt.pt")["step"] == 2  # the last, saved always
 
     # A milestone is sampled from like ckpt.pt. The image of the default name is replaced.
     monkeypatch.chdir(tmp_path)
