@@ -3,8 +3,8 @@
 FiTv2 (appendix A.1) is a diffusion transformer (DiT) with 2-D rotary positions, normalised queries
 and keys, a SwiGLU feed-forward network and AdaLN-LoRA modulation. It maps a noisy latent x_t, its
 time t (0 is data, 1 is noise) and its class y to the velocity v = x_1 - x_0 of flow.py. All that
-DoD adds is one more summand in the condition c: the visual prior e_s of an earlier image, one
-vector for each token, or in its place the learned sample token S. See `class DoD`.
+DoD adds is a term in the condition c: the visual prior e_s of an earlier image, one vector for
+each token, or in its place the learned sample token S. See `class DoD`.
 
 Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens (not Eq. 4's number
 of steps), d width, r LoRA rank, K classes (index K is the null class; for K = 1 see null_class).
@@ -178,7 +178,7 @@ class Block(nn.Module):
 
     beta shifts, gamma scales, alpha gates: with alpha = 0 a block is the identity. All blocks share
     W^g, and W^g c arrives as `modulation`; each adds a low-rank part of its own. c is Eq. 5's. S^i
-    is not the sample token S, for the paper uses the letter twice.
+    is not the sample token S: the paper uses the letter twice.
     DEVIATION: Eq. 10 omits the SiLU on c (and, as the paper says itself, the biases).
     """
 
@@ -289,7 +289,7 @@ class DoD(FiTv2):
         super().__init__(config)
         self.S = nn.Parameter(torch.randn(1, 1, config.d) * 0.02)  # sample token: replaces a prior
 
-        # The bottleneck through which the earlier image is seen: LEM, or what it is compared with.
+        # The bottleneck through which the earlier image is seen: LEM or an alternative.
         others = {"patches": Patches, "means": Means}
         if config.prior_from in others:
             self.lem = others[config.prior_from](config.latent_channels, config.p, config.d_l)
@@ -307,7 +307,7 @@ class DoD(FiTv2):
 
     def visual_prior(self, z0: Tensor) -> Tensor:
         """e_s = MLP(LEM(z_0)), LEM's output brought from width d_l to d: (B, C, H, W) -> (B, T, d).
-        It does not depend on t: compute it once a stage, not once an evaluation."""
+        It does not depend on t: compute it once per stage, not once per evaluation."""
         return self.prior_mlp(self.lem(z0))
 
     def condition(self, t: Tensor, y: Tensor, e_s: Tensor | None) -> Tensor:
@@ -323,7 +323,7 @@ def build_model(config: Config) -> FiTv2 | DoD:
 
     Zeros in all modulations and in the last layer make each block of the backbone the identity and
     v = 0, so that training starts from a calm state. CHOICE: as in DiT, Xavier-uniform linears and
-    N(0, 0.02) for tables and tokens; but DiT's time MLP starts from N(0, 0.02), too.
+    N(0, 0.02) for tables and tokens; unlike DiT's, the time MLP is Xavier-uniform, too.
     """
     model = DoD(config) if config.N else FiTv2(config)
     for module in model.modules():
@@ -356,8 +356,8 @@ def count_macs(config: Config, attention: bool = False) -> dict[str, int]:
 
       s          one evaluation with c for each image (S, or no prior at all)
       e_s        one evaluation with c for each token
-      prior_mlp  the prior's MLP, which we run once a stage (the paper: once an evaluation)
-      lem        LEM, once a stage
+      prior_mlp  the prior's MLP, which we run once per stage (the paper: once per evaluation)
+      lem        LEM, once per stage
     With `attention`, Q K^T and the product with V are counted, too; the paper leaves them out.
     """
     with torch.device("meta"):
@@ -386,7 +386,7 @@ def count_macs(config: Config, attention: bool = False) -> dict[str, int]:
 def stage_macs(macs: dict[str, int], per_token: float, per_image: float) -> float:
     """Multiply-accumulates of one stage of sampling, given those of count_macs. The network runs
     `per_token` times with c for each token, and `per_image` times with c for each image, as the
-    unconditional branch always does. LEM and the prior's MLP run once a stage."""
+    unconditional branch always does. LEM and the prior's MLP run once per stage."""
     total = per_image * macs["s"]
     if per_token:
         total += macs["lem"] + macs["prior_mlp"] + per_token * macs["e_s"]

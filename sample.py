@@ -58,15 +58,15 @@ class Sampler:
 def generate(
     model: FiTv2 | DoD, y: Tensor, stages: int = 2, w: float | list[float] | None = None,
     sampler: Sampler = Sampler(), start: int = 0, prior: Tensor | None = None,
-    batch_size: int = 256,
+    batch_size: int = 256, path: list[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Multi-stage sampling (section 3.2): classes y (B,) -> [z_0^1, z_0^2, ...], [nfe, nfe, ...],
     for each stage its samples (B, C, H, W) and the evaluations of v for each image (B,).
 
     w: guidance scales >= 1 (1 is off), a list with one for each stage; one number is for all stages
     that have a prior, and None is the model's own. Image b has number start + b of the seed. prior:
-    (B, C, H, W) latents that take the place of a previous stage's samples in stage 1. Raises
-    UserError for what the model cannot do."""
+    (B, C, H, W) latents that take the place of a previous stage's samples in stage 1. path: see
+    sample_stage. Raises UserError for what the model cannot do."""
     # Section 3.3: no guidance in the first stage, strong guidance wherever there is a prior.
     config = model.config
     if not isinstance(w, list):
@@ -94,7 +94,7 @@ def generate(
         for i in range(stages):
             z1 = stage_noise(shape, sampler.seed, numbers, sampler.first_stage + i).to(y.device)
             e_s = None if z0 is None else model.visual_prior(z0)  # (B, T, d), once a stage
-            z0, spent = sample_stage(model, z1, y[group], e_s, w[i], sampler)
+            z0, spent = sample_stage(model, z1, y[group], e_s, w[i], sampler, path)
             samples[i].append(z0)
             nfe[i].append(spent)
     return [torch.cat(parts) for parts in samples], [torch.cat(parts) for parts in nfe]
@@ -207,24 +207,20 @@ def draw_samples(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sam
     draw_grid(args.out, blocks, [checkpoint["classes"][k] for k in args.classes])
 
 
-@torch.no_grad()
 def draw_path(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler) -> None:
     """Draws one image of the first class on its way, at the Euler steps of each stage: a row of
     x_t, and a row of the x_0 to which the velocity points from there."""
-    sampler = replace(sampler, solver="euler", steps=args.steps or 10)
+    steps = args.steps or 10
+    sampler = replace(sampler, solver="euler", steps=steps)
     y = torch.tensor(args.classes[:1], device=model.device)
-    shape = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
+    path = []
+    generate(model, y, len(args.w), args.w, sampler, path=path)
     blocks = []
-    z0 = None
     for i, w in enumerate(args.w):
-        z1 = stage_noise(shape, sampler.seed, range(1), i).to(y.device)
-        e_s = None if z0 is None else model.visual_prior(z0)
-        path = []
-        z0, _ = sample_stage(model, z1, y, e_s, w, sampler, path)
-        x_t, x_0 = zip(*path, strict=True)  # each (1, C, H, W)
+        x_t, x_0 = zip(*path[i * steps : (i + 1) * steps], strict=True)  # each (1, C, H, W)
         for what, states in (("x_t", x_t), ("predicted x_0", x_0)):
             blocks.append((f"stage {i + 1}, w = {w:g}\n{what}", codec.decode(torch.cat(states))))
-    draw_grid(args.out, blocks, [f"t = {1 - k / len(path):.3g}" for k in range(len(path))])
+    draw_grid(args.out, blocks, [f"t = {1 - k / steps:.3g}" for k in range(steps)])
 
 
 def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
@@ -328,10 +324,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", default=str(SHIPPED), help="checkpoint of train.py")
     add("--classes", help="names or numbers, with commas; None: the first ten, in a set all")
-    add("--stages", type=natural, help="None: 2, without LEM 1")
+    add("--stages", type=natural, help="None: 2; without LEM: 1")
     add("--cfg", type=scale, help="guidance with a prior; None: the model's own")
-    add("--cfg-stage1", type=scale, help="class guidance; None: 1 (off), in a grid's 2nd block 2")
-    add("--steps", type=natural, help="of Euler's method, in each stage; None: RK45, --path 10")
+    add("--cfg-stage1", type=scale, help="class guidance; None: off (1), in a grid's 2nd block 2")
+    add("--steps", type=natural, help="Euler steps in each stage; None: RK45, but 10 for --path")
     add("--batch-size", type=natural, default=256, help="images sampled at a time")
     add("--precision", choices=["fp32", "tf32"], default="fp32", help="tf32: faster, on NVIDIA")
     add("--per-class", type=natural, help="rows of each block of a grid; None: 4")
@@ -342,7 +338,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     # Instead of a grid. (torchrun would take --num for one of its own flags, hence --number.)
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--path", action="store_true", help="one image on its way, by Euler's method")
+    add("--path", action="store_true", help="one image, of the first class, on its way from noise to data")
     add("--prior", help="a.png,b.png: a block for each of your images, which is its prior")
     add("--npz", type=Path, help="FILE.npz: a set of samples, with a folder FILE; also by torchrun")
     add = parser.add_argument_group("sets of samples (--npz)").add_argument

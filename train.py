@@ -3,7 +3,7 @@ r"""train.py -- end-to-end training of DoD: the step, the loop, the data. Sectio
 Backbone and LEM learn together, from real images alone. In training the visual prior of an image
 is LEM of its own latent, and a share p_s of each batch sees the sample token S instead. Section 3.3
 assumes that only semantics pass LEM's bottleneck, and that they are alike in real and in generated
-images. (What really passes is whatever lowers the loss most: of our letters the greys and slant.)
+images. (What really passes is whatever lowers the loss most: for our letters, grey and slant.)
 
 Everything random is a function of (seed, step) and is drawn for the global batch. So the number of
 GPUs changes a result by rounding only, and a resumed run, on a CPU, equals an unbroken one exactly.
@@ -212,7 +212,7 @@ def after_interval(
     images_per_s = len(results) * run.args.batch_size / seconds
     rank, ranks = rank_and_world_size()
     record |= {"images_per_s": images_per_s, "seconds": seconds}
-    record["tflops"] = images_per_s * run.flops / ranks / 1e12  # a second, of each GPU
+    record["tflops"] = images_per_s * run.flops / ranks / 1e12  # TFLOP/s of each rank
     record["waiting_for_data"] = waited / seconds  # a share of the time
     if torch.cuda.is_available():
         record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -443,7 +443,7 @@ class Labelled(Dataset):
         self.members = members
         self.load = load
 
-        # The groups of the classes. One is called like A-E, after its first class and its last.
+        # The groups of classes. Each is named after its first class and its last, like A-E.
         group_of = np.arange(len(classes)) * K // len(classes)
         self.labels = group_of[self.original_labels]
         ends = [np.flatnonzero(group_of == k)[[0, -1]] for k in range(K)]
@@ -531,14 +531,14 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, note: dict)
     size = 2 * math.prod(shape)  # bytes of an image
     parts = [len(images) * k // ranks for k in range(ranks + 1)]
 
-    # Rank 0 makes an empty file, which gets its name when it is complete.
+    # Rank 0 makes an empty file.
     path = file.with_name(f".dod-{file.name}")  # the name that replacing() gives it
     with replacing(file) if rank == 0 else nullcontext():
         if rank == 0:
             note |= {"made": time.ctime(), "shape": shape, "fingerprint": fingerprint}
             note |= {"classes": images.classes, "labels": images.labels.tolist()}
             file.with_name("about.json").write_text(json.dumps(note))
-            path.touch()
+            path.write_bytes(b"")
         barrier()
 
         # This rank's part. Images are mirrored here, so that each file is read only once. (In a
@@ -614,8 +614,8 @@ def resume(path: Path, modules: dict, facts: dict) -> int:
 
     # A broken image may have been removed since: the run goes on, and says what that means.
     if saved["fingerprint"] != facts["fingerprint"]:
-        print("warning: files of --data were added, removed or renamed since: now others are held")
-        print("out, which the model has trained on, so their losses and FIDs will be too low")
+        print("warning: files of --data were added, removed or renamed since: held-out images now")
+        print("include some that the model has trained on, so losses and FIDs will be too low")
     for name, module in modules.items():
         module.load_state_dict(saved[name])
     return saved["step"]
@@ -668,7 +668,7 @@ def held_out_loss(run: Run) -> dict[str, float]:
 
 def worth_of_prior(record: dict, args: argparse.Namespace) -> str:
     """One line: how far a prior lowers the loss. After the start of a run it warns below 1%, of a
-    dead LEM, which gives all images the same prior. A sleepy one, at 20%, passes."""
+    dead LEM, which gives all images the same prior. An LEM half asleep, at 20%, gets none."""
     gap = record["loss_S"] - record["loss_prior"]
     share = gap / record["loss_S"]
     line = f"step {record['step']}: the prior lowers the loss by {gap:.3f} ({share:.0%})"
@@ -728,9 +728,9 @@ PAPER = dict(batch_size=256, lr=1e-4, lem_lr_factor=1.0, warmup=0, steps=400_000
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags. Those without a default here get it from the tables above."""
+    """The flags. Those without a default here get it below, to suit data and model."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.epilog = "A default of None is replaced to suit --data, --vae and --model."
+    parser.epilog = "Most defaults of None are replaced to suit --data, --vae and --model."
     switch = argparse.BooleanOptionalAction
     share = bounded(float, 0, 1)
     natural = bounded(int, 1)
@@ -758,8 +758,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--steps", type=natural, help="training steps")
     add("--batch-size", type=natural, help="images in a step, of all ranks together")
     add("--lr", type=bounded(float, 0), help="AdamW's constant learning rate")
-    add("--lem-lr-factor", type=bounded(float, 0), help="rate of LEM and prior's MLP, over --lr")
-    add("--warmup", type=count, help="first steps, over which the rate grows")
+    add("--lem-lr-factor", type=bounded(float, 0), help="rate of LEM and its MLP, relative to --lr")
+    add("--warmup", type=count, help="steps over which the rate grows at first")
     add("--ema-decay", type=share, default=0.999, help="decay of the averaged weights")
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
     add("--seed", type=count, default=0, help="the same seed gives the same run")
