@@ -338,7 +338,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     # Instead of a grid. (torchrun would take --num for one of its own flags, hence --number.)
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--path", action="store_true", help="one image, of the first class, on its way from noise to data")
+    add("--path", action="store_true", help="one image of the first class, on its way to data")
     add("--prior", help="a.png,b.png: a block for each of your images, which is its prior")
     add("--npz", type=Path, help="FILE.npz: a set of samples, with a folder FILE; also by torchrun")
     add = parser.add_argument_group("sets of samples (--npz)").add_argument
