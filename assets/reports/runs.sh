@@ -41,10 +41,12 @@ report groups1-quarter2-2500 K1-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5
 
 train cifar-K1-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 1 --seed 0 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups1-fitv2-0-10000 cifar-K1-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 --steps 40
+report cifar-groups1-fitv2-0-2500 cifar-K1-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
 
 train cifar-K1-quarter-seed0 10000 --class-groups 1 --seed 0 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups1-quarter0-10000-wide cifar-K1-quarter-seed0 10000 stages --stages 2 --cfg 8 11 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter0-10000 cifar-K1-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+report cifar-groups1-quarter0-2500 cifar-K1-quarter-seed0 2500 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 
 train K2-quarter-seed0 2500 --class-groups 2 --seed 0 --lem-lr-factor 0.25
 report groups2-quarter0-2500 K2-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
