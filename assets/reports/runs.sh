@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 75 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 76 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits, except for --prior-from: those had no
 # MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -27,6 +27,9 @@ train K1-fitv2-seed1 10000 --model FiTv2-Ti --class-groups 1 --seed 1
 report groups1-fitv2-1-10000 K1-fitv2-seed1 10000 stages --steps 40
 report groups1-fitv2-1-2500 K1-fitv2-seed1 2500 stages --steps 40
 report groups1-fitv2-1-5000 K1-fitv2-seed1 5000 stages --steps 40
+
+train K1-quarter-n1-seed1 10000 --class-groups 1 --seed 1 --lem-lr-factor 0.25 --latent-tokens 1
+report groups1-quarter-n1-1-10000 K1-quarter-n1-seed1 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 
 train K1-quarter-seed0 2500 --class-groups 1 --seed 0 --lem-lr-factor 0.25
 report groups1-quarter0-2500 K1-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6
