@@ -244,7 +244,7 @@ def test_eq5_first_stage_uses_the_sample_token_and_later_ones_a_prior_for_each_t
     assert build_model(replace(TINY, num_classes=1)).null_class == 0  # with one, none is dropped
 
 
-def test_eq6_and_eq7_lem_is_the_written_out_formulas_with_vit_blocks():
+def test_eq6_the_encoder_is_the_written_out_formula_with_vit_blocks():
     dod = awake(replace(TINY, heads=4, encoder_depth=3, decoder_depth=2))
     assert (len(dod.lem.encoder), len(dod.lem.decoder)) == (3, 2)
     assert [block.heads for block in (*dod.lem.encoder, *dod.lem.decoder)] == [2] * 5
@@ -265,18 +265,24 @@ def test_eq6_and_eq7_lem_is_the_written_out_formulas_with_vit_blocks():
         p.data = q.data
     assert close(ours(e_p), theirs(e_p))
 
-    # e_s = Dec((M + PE) ⊕ L_hat), of which the patches are kept.
-    M = dod.lem.mask_token.expand(6, 16, -1)
-    x = torch.cat([M + lem.sincos_2d(8, 4, 4), l_hat], dim=1)
-    x = dod.lem.decoder(dod.lem.from_d_e(x))
-    assert close(dod.lem(x0), dod.lem.head(dod.lem.decoder_norm(x))[:, :16])
-
     # PE: sines and cosines of the row, then of the column, in a grid of 3 x 5.
     w = 10000.0 ** (-torch.arange(4) / 4)
     for i, pe in enumerate(lem.sincos_2d(16, 3, 5)):
         row = i // 5 * w
         column = i % 5 * w
         assert close(pe, torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]))
+
+
+def test_eq7_the_decoder_is_the_written_out_formula():
+    dod = awake(replace(TINY, decoder_depth=2))
+    x0, _, _, _ = batch()
+    l_hat = dod.lem.encode(x0)
+
+    # e_s = Dec((M + PE) ⊕ L_hat), of which the patches are kept.
+    M = dod.lem.mask_token.expand(6, 16, -1)
+    x = torch.cat([M + lem.sincos_2d(8, 4, 4), l_hat], dim=1)
+    x = dod.lem.decoder(dod.lem.from_d_e(x))
+    assert close(dod.lem(x0), dod.lem.head(dod.lem.decoder_norm(x))[:, :16])
 
 
 def test_eq8_swiglu_is_the_written_out_formula():
