@@ -46,6 +46,7 @@ train cifar-K1-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 1 --seed 0 --da
 report cifar-groups1-fitv2-0-10000 cifar-K1-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 --steps 40
 report cifar-groups1-fitv2-0-2500 cifar-K1-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
 report cifar-groups1-fitv2-0-5000 cifar-K1-fitv2-seed0 5000 stages --cfg-stage1 1.5 2 3 4 --steps 40
+report steps60-cifar-groups1-fitv2-0-10000 cifar-K1-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 --steps 60
 
 train cifar-K1-fitv2-seed1 5000 --model FiTv2-Ti --class-groups 1 --seed 1 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups1-fitv2-1-2500 cifar-K1-fitv2-seed1 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
