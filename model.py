@@ -393,7 +393,7 @@ def stage_macs(macs: dict[str, int], per_token: float, per_image: float) -> floa
     return total
 
 
-@lru_cache
+@lru_cache  # counting takes a second
 def training_flops(config: Config, p_s: float = 0.5) -> float:
     """Operations, two for each multiply-accumulate, of training on one image, attention included.
     The backward pass costs twice the forward pass; LEM runs for the share 1 - p_s of the images."""

@@ -22,7 +22,7 @@ from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from unittest.mock import MagicMock, Mock, patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -33,7 +33,9 @@ from scipy.integrate import solve_ivp
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parameters_to_vector
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -288,8 +290,10 @@ def test_eq7_the_decoder_is_the_written_out_formula():
 def test_eq8_swiglu_is_the_written_out_formula():
     ffn = model.SwiGLU(12)
     x = torch.randn(5, 12)
-    gate = ffn.W_1(x)
-    assert close(ffn(x), ffn.W_3(gate * gate.sigmoid() * ffn.W_2(x)))
+    gate = x @ ffn.W_1.weight.T + ffn.W_1.bias
+    value = x @ ffn.W_2.weight.T + ffn.W_2.bias
+    expected = (gate * gate.sigmoid() * value) @ ffn.W_3.weight.T + ffn.W_3.bias
+    assert close(ffn(x), expected)
     assert len(model.SwiGLU(10).W_1.weight) == 26  # of 8/3 d = 26.7
 
 
@@ -610,9 +614,13 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
 
     def read(data, numbers, flips):
         """-> latents and the model's classes of some images."""
-        x0 = torch.stack([data[i, False][0] for i in numbers]) / 127.5 - 1
-        y = ["abcde".index(Path(data.members[i]).parent.name) * 2 // 5 for i in numbers]
-        return x0.where(~torch.tensor(flips)[:, None, None, None], x0.flip(-1)), torch.tensor(y)
+        x0 = []
+        y = []
+        for i, flipped in zip(numbers, flips, strict=False):
+            file = Path(data.members[i])
+            x0.append(np.array(Image.open(file))[:, :: -1 if flipped else 1] / 127.5 - 1)
+            y.append("abcde".index(file.parent.name) * 2 // 5)
+        return torch.tensor(np.stack(x0)).permute(0, 3, 1, 2).float(), torch.tensor(y)
 
     orders = [np.random.default_rng((4, 1, epoch)).permutation(15) for epoch in range(4)]
     kept = flow.keeps_prior(8, 0.25).nonzero().squeeze(1)
@@ -678,16 +686,18 @@ def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, 
     with open(log, "a") as file:
         file.write('{"step": 5, "loss": 9}\n\0\0{"st\n3\n{"step": 3')
 
-    # A process is killed at a random time after training has begun.
-    before = log.stat().st_mtime_ns
-    (process,) = launch(train, *flags)
-    while process.is_alive() and log.stat().st_mtime_ns == before:
-        time.sleep(0.001)
-    time.sleep(np.random.default_rng().uniform(0, 0.4))
-    process.kill()  # SIGKILL
-    process.join()
+    # Processes are killed after training has begun.
+    for delay in np.random.default_rng().uniform(0, 0.4, 2):
+        before = log.stat().st_mtime_ns
+        (process,) = launch(train, *flags)
+        while process.is_alive() and log.stat().st_mtime_ns == before:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()  # SIGKILL
+        process.join()
+        sample.load_checkpoint(out / "ckpt.pt")  # it is whole, always
     assert run(train, *flags) == 0
-    assert {file.name for file in out.glob(".*")} <= {".dod-lock"}
+    assert [file.name for file in out.glob(".*")] == [".dod-lock"]
 
     # Both runs ended alike, bit for bit: weights, EMA, AdamW's moments and the log.
     ends = []
@@ -1075,7 +1085,11 @@ def test_the_grid_is_fair_and_a_path_leads_from_noise_to_sample(ckpt, tmp_path, 
     monkeypatch.setattr(sample, "draw_samples", lambda *given: grids.append(given[-1]))
     assert run(sample, "--ckpt", ckpt, "--device", "cpu") == 0 and grids[2] == Sampler()
 
-    # --path: the Euler steps of each of two stages, a row of x_t and a row of predicted x_0.
+    # --path has ten steps by default.
+    assert run(sample, "--ckpt", ckpt, "--device", "cpu", "--path") == 0
+    assert grids[-1][2][::9] == ["t = 1", "t = 0.1"]
+
+    # The Euler steps of each of two stages: a row of x_t and a row of predicted x_0.
     assert run(sample, *flags[:-2], "--path") == 0
     _, blocks, titles = grids[-1]
     assert titles == ["t = 1", "t = 0.5"] and len(blocks) == 4
@@ -1141,17 +1155,38 @@ def test_mistakes_end_in_one_line(argv, words, trained, vae, tmp_path, monkeypat
     assert after == before
 
 
+class NeverWaits(TorchDispatchMode):
+    """Fails where an operation makes the host wait for a GPU, or moves data between devices."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = {x.device for x in (*args, result) if isinstance(x, torch.Tensor)}
+        assert not re.search("local_scalar_dense|nonzero", str(function))
+        assert "copy" not in str(function) or len(devices) == 1, function
+        return result
+
+
+@pytest.mark.skipif(torch.version.cuda is None or torch.__version__ < (2, 14), reason="no tracing")
 def test_a_step_and_euler_s_method_never_wait_for_a_gpu(monkeypatch):
-    # Tensors on the meta device have no values: what would wait for one, or copy it away, fails.
-    monkeypatch.setattr(torch, "autocast", MagicMock())  # which knows no such device
-    with torch.device("meta"):
+    # Traced without a GPU, where the engine cannot run backwards (and PyTorch 2.6 traces nothing).
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda self, set_to_none: None)
+    with FakeTensorMode(), torch.device("cuda"):
         dod = build_model(TINY)
+        optimizer = torch.optim.AdamW(dod.parameters(), 1e-4, fused=True)
         x = torch.empty(8, 3, 8, 8)
         y = torch.arange(8)
-    optimizer = torch.optim.SGD(dod.parameters(), 1e-4)
-    given = (x, x, x[:, 0, 0, 0], y)
-    train.training_step(dod, copy.deepcopy(dod), optimizer, given, y[:2], step=1)
-    sample.sample_stage(dod, x, y, dod.visual_prior(x), 2.0, Sampler("euler", 3))
+        for p in dod.parameters():
+            p.grad = torch.empty_like(p)
+
+    # Two steps: in the second one, the optimizer's state exists already.
+    with FakeTensorMode(allow_non_fake_inputs=True), NeverWaits(), torch.no_grad():
+        for step in (1, 2):
+            given = (x, x, x[:, 0, 0, 0], y)
+            loss = train.training_step(dod, dod, optimizer, given, y[:2], step)
+        e_s = dod.visual_prior(x)
+        z0, _ = sample.sample_stage(dod, x, y, e_s, 2.0, Sampler("euler", 3))
+    assert loss.device.type == z0.device.type == "cuda"
 
 
 # ------------------------------------------- section 4.1, Fig. 4, Tables 2-5: metrics and commands
@@ -1480,17 +1515,17 @@ def test_table5_samples_are_compared_with_images_and_moments(tmp_path, monkeypat
 
 
 def test_the_shipped_weights_show_the_paper_s_effect(monkeypatch):
-    # The shipped classifier, which made the latest reports, judges 100 samples of each stage.
+    # The shipped classifier, which made the latest reports, judges 200 samples of each stage.
     saved = sample.load_checkpoint(sample.SHIPPED)
     monkeypatch.setattr(evaluate, "train_classifier", None)  # no other one is trained
     judge, found_hash = evaluate.classifier(saved, TRAINING)
     report = Path(__file__).parent / "assets/reports/groups1-fitv2-1-10000.json"
     assert json.loads(report.read_text())["network_hash"] == found_hash
-    y = torch.arange(100) % 10
-    samples, _ = sample.generate(sample.load_model(saved), y, 2, sampler=Sampler("euler", 8))
+    y = torch.arange(200) % 10
+    samples, _ = sample.generate(sample.load_model(saved), y, 2, sampler=Sampler("euler", 10))
     seen = [judge(PIXELS.decode(z0))[1].argmax(1) for z0 in samples]
     recognised = [(found == y).double().mean().item() for found in seen]
-    assert recognised[1] > max(0.6, 1.1 * recognised[0])
+    assert recognised[1] > max(0.6, 1.15 * recognised[0])
 
 
 def main() -> None:
@@ -1523,8 +1558,8 @@ def main() -> None:
         generator = torch.Generator(device)
         x1, x0, t, dropped = train.draw_noise(0, 1, args.batch_size, config, generator)
         kept = torch.arange(1, len(t) if config.N else 1, 2, device=device)
-        batch = (x0, x1, t, dropped.long())
-        state = (network, modules["ema"], modules["optimizer"], batch, kept, 1, cuda)
+        data = (x0, x1, t, dropped.long())
+        state = (network, modules["ema"], modules["optimizer"], data, kept, 1, cuda)
 
         # The mean of several steps, after two to warm up, with a GPU's work finished.
         step = partial(train.training_step, *state)

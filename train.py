@@ -214,13 +214,13 @@ def after_interval(
     record |= {"images_per_s": images_per_s, "seconds": seconds}
     record["tflops"] = images_per_s * run.flops / ranks / 1e12  # TFLOP/s of each rank
     record["waiting_for_data"] = waited / seconds  # a share of the time
-    if torch.cuda.is_available():
+    if run.modules["ema"].device.type == "cuda":
         record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if rank > 0:
         return
+    out = run.args.out
 
     # The held-out loss belongs to the record. Should it fail, the steps are saved all the same.
-    out = run.args.out
     try:
         if save and run.held_out:
             record |= held_out_loss(run)
@@ -531,7 +531,7 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, note: dict)
     size = 2 * math.prod(shape)  # bytes of an image
     parts = [len(images) * k // ranks for k in range(ranks + 1)]
 
-    # Rank 0 makes an empty file.
+    # Rank 0 writes what tells one cache from another, and an empty file for the latents.
     path = file.with_name(f".dod-{file.name}")  # the name that replacing() gives it
     with replacing(file) if rank == 0 else nullcontext():
         if rank == 0:
@@ -633,7 +633,7 @@ def summarise(run: Run, step: int, results: list[Tensor]) -> dict:
     bad = (~table.isfinite().all(0)).nonzero()
     if len(bad):
         what = f"the loss of step {step - len(results) + 1 + int(bad[0])} (or its gradient)"
-        raise FloatingPointError(f"{what} is not finite; ckpt.pt is older; try a lower --lr")
+        raise FloatingPointError(f"{what} is not finite; ckpt.pt is still good; try a lower --lr")
     loss, sum_prior, sum_S, norm = table.mean(1).tolist()
     record = {"step": step, "loss": loss}
 
