@@ -444,9 +444,9 @@ def start_run(args: argparse.Namespace, needs_lem: bool) -> Evaluation:
 def draw_stage(
     run: Evaluation, w: float, stage: int = 0, prior: torch.Tensor | None = None
 ) -> tuple[dict, torch.Tensor, torch.Tensor, Features]:
-    """Draws samples of the run's classes in stage 0, 1, ... and adds their row -> row, images,
-    latents, features. Choose w by the column fid_training. Column evaluations counts those of v; a
-    guided one runs the network twice."""
+    """Draws samples of the run's classes, with the noise of stage 1 + `stage`, and adds their row
+    -> row, images, latents, features. Choose w by the column fid_training. Column evaluations
+    counts those of v; a guided one runs the network twice."""
     # CHOICE: Euler's method, which costs the same for any w; section 3.3 samples by RK45.
     sampler = Sampler("euler", run.args.steps, run.args.seed, first_stage=stage)
     (z0,), (nfe,) = generate(run.model, run.labels, 1, [w], sampler, prior=prior)
@@ -466,7 +466,7 @@ def stages(args: argparse.Namespace) -> None:
     run = start_run(args, needs_lem=(args.stages or 1) > 1)
     count = args.stages or (3 if run.model.config.N else 1)
 
-    # Section 3.3 leaves stage 1 unguided. It is drawn once, as the prior of all later stages.
+    # Section 3.3 leaves stage 1 unguided. It is drawn once, and is stage 2's prior for any w.
     _, _, z0_first, _ = draw_stage(run, 1.0)
     other_noise = Sampler("euler", args.steps, args.seed + 1)
     for w in args.cfg if count > 1 else []:
@@ -481,7 +481,7 @@ def stages(args: argparse.Namespace) -> None:
             again = measure(run.codec.decode(again).cpu(), run.network, "fresh noise")
             row["spread"] = spread(fake.pool[:200], again.pool, labels.cpu())
 
-    # The baseline that stage 2 has to beat: the same model, guided by the class alone.
+    # What stage 2 has to beat, besides FiTv2: the same model, guided by the class alone.
     for w in args.cfg_stage1 if run.model.config.num_classes > 1 else []:
         draw_stage(run, w)
     plot_and_report(run)
@@ -491,11 +491,11 @@ def reconstruct(args: argparse.Namespace) -> None:
     """Fig. 4, left, and Tables 2-3: held-out images are the priors of their reconstructions."""
     # CHOICE: the prior is the mean of the VAE's posterior, not a sample.
     run = start_run(args, needs_lem=True)
-    parts = [run.codec.encode(x.to(run.model.device)) for x in run.images.split(64)]
+    prior = run.codec.encode(run.images.to(run.model.device))
 
     # Sampling starts from noise, so all that PSNR and SSIM find beyond the class came through LEM.
     for w in args.cfg:
-        row, images, _, _ = draw_stage(run, w, prior=torch.cat(parts))
+        row, images, _, _ = draw_stage(run, w, prior=prior)
         row["what"] = "reconstruction"  # so its FID is the rFID
         row |= compare_pairs(run.images, images)
     plot_and_report(run)

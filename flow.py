@@ -54,7 +54,7 @@ def keeps_prior(n: int, p_s: float) -> Tensor:
     waits for a GPU to count it. Which image lands on such a position is random all the same, for
     they are shuffled. Every contiguous part of a batch drops its share p_s, to within one image.
     """
-    # Position i loses its prior where the rounded number of dropped images, i p_s, goes up.
+    # The first i positions drop round(i p_s) images; position i drops one where that count grows.
     dropped_before = torch.tensor([round(i * p_s) for i in range(n + 1)])
     return dropped_before[1:] == dropped_before[:-1]
 
@@ -108,9 +108,9 @@ def guide(v_c: Tensor, v_u: Tensor, w: float) -> Tensor:
 @torch.no_grad()
 def euler(f: Velocity, x1: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Eq. 4 with tau_i = i / steps: x <- x - v(x, tau) / steps, from t = 1 to t = 0.
-    f(x, t, rows) -> velocities (B, ...) at states x (B, ...) and times t (B,); `rows` (B,) numbers
-    the images 0 .. B-1 (dopri5 needs it). x1 (B, ...) noise -> x0 (B, ...) and the evaluations of
-    f for each image (B,), which are `steps`. Raises ValueError if steps < 1.
+    f(x, t, rows) -> velocities (B, ...) at states x (B, ...) and times t (B,); `rows` (B,) are the
+    numbers of these images in the batch, here all of them. x1 (B, ...) noise -> x0 (B, ...) and the
+    evaluations of f for each image (B,), which are `steps`. Raises ValueError if steps < 1.
     CHOICE: the grid of times is uniform; SiT's `num_steps` counts its points, not its steps.
     """
     if steps < 1:

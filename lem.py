@@ -149,7 +149,7 @@ class LEM(nn.Module):
         x = self.from_d_e(torch.cat([mask.to(l_hat.dtype), l_hat], dim=1))  # (B, T + N, d_l)
 
         # Under autocast the linear layer above answers in bf16. Blocks add to their input, and
-        # sums of many small terms need the precision of fp32.
+        # sums of many small terms need fp32, the type of the weights and so of the mask.
         x = self.decoder(x.to(mask.dtype))
 
         # Only the patches leave the decoder: one condition vector for each token of the backbone.

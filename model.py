@@ -172,13 +172,13 @@ CONFIGS: dict[str, Config] = {
 
 
 class Block(nn.Module):
-    """A FiTv2 block: attention and SwiGLU, each modulated before and gated after by AdaLN-LoRA.
+    """A FiTv2 block: attention, then SwiGLU. By AdaLN-LoRA, c changes their input and output:
 
     Eq. 10:  S^i = W^g c + W_2^i W_1^i c = [beta_1, beta_2, gamma_1, gamma_2, alpha_1, alpha_2]
 
-    beta shifts, gamma scales, alpha gates: with alpha = 0 a block is the identity. All blocks share
-    W^g, and W^g c arrives as `modulation`; each adds a low-rank part of its own. c is Eq. 5's. S^i
-    is not the sample token S: the paper uses the letter twice.
+    beta shifts and gamma scales an input, alpha gates an output: with alpha = 0 a block is the
+    identity. All blocks share W^g, and W^g c arrives as `modulation`; each adds a low-rank part of
+    its own. c is Eq. 5's. S^i is not the sample token S: the paper uses the letter twice.
     DEVIATION: Eq. 10 omits the SiLU on c (and, as the paper says itself, the biases).
     """
 
@@ -282,7 +282,7 @@ class DoD(FiTv2):
     """Diffusion on Diffusion: a FiTv2 that can also be told what an earlier image looked like.
 
     Eq. 5:  c = e_c + e_t + S    in stage 1, where there is no earlier image
-            c = e_c + e_t + e_s  in later stages, e_s = LEM(z_0) of the stage before
+            c = e_c + e_t + e_s  in later stages, e_s = MLP(LEM(z_0)), z_0 of the stage before
     """
 
     def __init__(self, config: Config):

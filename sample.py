@@ -51,7 +51,7 @@ class Sampler:
     solver: str = "dopri5"  # RK45 (section 3.3), or "euler": Euler's method (Table 4)
     steps: int = 50  # Euler's steps in each stage; RK45 chooses its own
     seed: int = 0  # the noise of image n is a function of (seed, n, stage)
-    first_stage: int = 0  # stages already done, so that the next one gets noise of its own
+    first_stage: int = 0  # stages done before: generate() begins with the noise of the next one
 
 
 @torch.no_grad()
@@ -245,7 +245,6 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
         y = [args.classes[rng.integers(len(args.classes))] for rng in rngs]
     pictures = [f"{n:06}-{k}.png" for n, k in enumerate(y)]
 
-    # The folders, of which the first says of itself how it was made.
     rank, ranks = rank_and_world_size()
     folder = args.npz.with_suffix("")
     priors = args.npz.with_name(f"{folder.name}-priors")
@@ -253,14 +252,10 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
         refuse_existing(args.npz, ".npz")
         refuse_existing(folder)
         refuse_existing(priors)
-        folder.mkdir(parents=True)
-        if args.prior_data:
-            priors.mkdir()
-        facts = vars(args) | {"step": checkpoint["step"]}
-        (folder / "about.json").write_text(json.dumps(facts, indent=1, default=str))
-    barrier()  # until the folders are there
+    barrier()  # rank 0 has looked before any rank begins to write
 
     def save(images: Tensor, where: Path, chunk: range) -> None:
+        where.mkdir(parents=True, exist_ok=True)
         images = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # grey becomes RGB
         for n, image in zip(chunk, images.cpu().numpy(), strict=True):
             Image.fromarray(image).save(where / pictures[n], compress_level=1)
@@ -270,16 +265,20 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
     chunks = [range(len(y))[i : i + args.batch_size] for i in range(0, len(y), args.batch_size)]
     for chunk in tqdm(chunks[rank::ranks], unit="chunk", disable=rank > 0):
         if args.prior_data:
-            images = [open_image(files[order[n]], side, checkpoint["channels"]) for n in chunk]
-            save(torch.stack(images), priors, chunk)
-            prior = torch.cat([codec.encode(part) for part in torch.stack(images).split(32)])
+            opened = [open_image(files[order[n]], side, checkpoint["channels"]) for n in chunk]
+            images = torch.stack(opened)
+            save(images, priors, chunk)
+            prior = codec.encode(images)
         labels = torch.tensor([y[n] for n in chunk], device=model.device)
         samples, _ = generate(model, labels, len(w), w, sampler, chunk.start, prior, len(chunk))
         save(codec.decode(samples[-1]), folder, chunk)
     barrier()  # until all files are there
 
-    # The .npz is made from the files, image by image: 50,000 of 256 x 256 take 9.8 GB of memory.
+    # The folder says how it was made. The .npz is made from its files, image by image: 50,000 of
+    # 256 x 256 take 9.8 GB of memory.
     if rank == 0:
+        facts = vars(args) | {"step": checkpoint["step"]}
+        (folder / "about.json").write_text(json.dumps(facts, indent=1, default=str))
         images = np.empty((len(y), side, side, 3), np.uint8)
         for i, picture in enumerate(pictures):
             images[i] = Image.open(folder / picture)
@@ -326,7 +325,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--classes", help="names or numbers, with commas; None: the first ten, in a set all")
     add("--stages", type=natural, help="None: 2; without LEM: 1")
     add("--cfg", type=scale, help="guidance with a prior; None: the model's own")
-    add("--cfg-stage1", type=scale, help="class guidance; None: off (1), in a grid's 2nd block 2")
+    add("--cfg-stage1", type=scale, help="class guidance; None: off; 2nd block of a grid: 2")
     add("--steps", type=natural, help="Euler steps in each stage; None: RK45, but 10 for --path")
     add("--batch-size", type=natural, default=256, help="images sampled at a time")
     add("--precision", choices=["fp32", "tf32"], default="fp32", help="tf32: faster, on NVIDIA")
@@ -482,9 +481,14 @@ class Codec:
         if self.vae is None:  # an image has exactly one latent
             mean = images.float() / 127.5 - 1
             return mean, torch.zeros_like(mean)
+        means = []
+        stds = []
+        for part in images.split(32):  # encoding takes much memory
+            posterior = self.vae.encode(part.to(self.vae.device) / 127.5 - 1).latent_dist
+            means.append(posterior.mean)
+            stds.append(posterior.std)
         # The scaling factor brings latents to a standard deviation near 1, that of the noise.
-        posterior = self.vae.encode(images.to(self.vae.device) / 127.5 - 1).latent_dist
-        return self.scale * (posterior.mean - self.shift), self.scale * posterior.std
+        return self.scale * (torch.cat(means) - self.shift), self.scale * torch.cat(stds)
 
     def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
         """The mean, or with standard normal eps (B, C, H, W) a sample of that distribution."""
@@ -555,10 +559,10 @@ def refuse_existing(path: Path | str, suffix: str | None = None) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name; what is written there takes the place of `path`, whole or never.
-    Raises UserError if the disk is full."""
+    """Yields a temporary name, in each rank another one; what is written there takes the place of
+    `path`, whole or never. Raises UserError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".dod-{path.name}")
+    temporary = path.with_name(f".dod{os.environ.get('RANK', 0)}-{path.name}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

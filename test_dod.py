@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,11 +28,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.integrate import solve_ivp
-from scipy.linalg import sqrtm
-from scipy.ndimage import gaussian_filter
+from scipy import integrate, linalg, ndimage
 from scipy.spatial.distance import cdist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
@@ -53,6 +51,10 @@ TINY = Config(
     depth=2, d=32, heads=2, r=4, encoder_depth=1, decoder_depth=1, d_l=16, lem_heads=2, N=3, d_e=8,
     p=2, latent_size=8, latent_channels=3, num_classes=5,
 )  # fmt: skip
+# The flags of a run of six steps on letters of 8 x 8 pixels, and those of a set of samples.
+QUICK = "--image-size 8 --batch-size 8 --steps 6 --held-out 0.002 --log-every 2 --save-every 3"
+QUICK = [*QUICK.split(), "--device", "cpu"]
+SET = ["--device", "cpu", "--steps", 2, "--seed", 7, "--batch-size", 4]
 # Threads do not help small models, and disturb each other on a busy machine.
 torch.set_num_threads(1)  # in this process
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
@@ -191,19 +193,17 @@ def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
     x1[3] = 0  # takes another branch of Hairer's first step
     noise = x1.clone()
 
+    # SciPy solves for one image, from t = 1 down to 0 as we do, with SiT's tolerances.
+    def scipy_f(t, x, f, i):
+        return f(torch.tensor(x)[None], torch.tensor([t]), torch.tensor([i]))[0].numpy()
+
     # The last velocity is its own input, here the noise itself, which must not change.
     for f in (oscillator, jolt, crawl, lambda x, t, rows: x):
         x0, nfe = flow.dopri5(f, x1)
         assert torch.equal(x1, noise)
-
-        # SciPy solves for one image, from t = 1 down to 0 as we do, with SiT's tolerances.
         for i in range(8):
-
-            def scipy_f(t, x, f=f, row=i):
-                row = torch.tensor([row])
-                return f(torch.tensor(x)[None], torch.tensor([t]), row)[0].numpy()
-
-            scipy = solve_ivp(scipy_f, (1, 0), x1[i].numpy(), "RK45", rtol=1e-3, atol=1e-6)
+            given = {"args": (f, i), "method": "RK45", "rtol": 1e-3, "atol": 1e-6}
+            scipy = integrate.solve_ivp(scipy_f, (1, 0), x1[i].numpy(), **given)
             assert nfe[i] == scipy.nfev
             assert close(x0[i], scipy.y[:, -1], 1e-7)
 
@@ -300,7 +300,7 @@ def test_eq8_swiglu_is_the_written_out_formula():
 def test_eq9_attention_is_the_written_out_formula_with_2_d_rope():
     attention = model.Attention(16, 2)
     x = torch.randn(3, 9, 16) * 100
-    q, k, v = attention.qkv(x).reshape(3, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    qkv = attention.qkv(x).reshape(3, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)
 
     # RoPE: a pair of channels is a complex number. Half of them turn by w row, half by w column.
     w = 10000.0 ** (-torch.arange(2) / 2)
@@ -308,12 +308,10 @@ def test_eq9_attention_is_the_written_out_formula_with_2_d_rope():
     turn = torch.exp(1j * (places[:, :, None] * w).flatten(1))  # (9, 4)
 
     # The pairs are neighbours: channels 2k and 2k + 1.
-    def rope(x):
-        pairs = torch.view_as_complex(F.layer_norm(x, [8], eps=1e-6).unflatten(-1, (4, 2)))
-        return torch.view_as_real(pairs * turn).flatten(-2)
-
-    logits = rope(q) @ rope(k).transpose(-1, -2) / math.sqrt(8)
-    attended = (logits.softmax(-1) @ v).transpose(1, 2).reshape(3, 9, 16)
+    pairs = torch.view_as_complex(F.layer_norm(qkv[:2], [8], eps=1e-6).unflatten(-1, (4, 2)))
+    q, k = torch.view_as_real(pairs * turn).flatten(-2)
+    logits = q @ k.transpose(-1, -2) / math.sqrt(8)
+    attended = (logits.softmax(-1) @ qkv[2]).transpose(1, 2).reshape(3, 9, 16)
     assert close(attention(x, *model.rope_2d(8, 3)), attention.proj(attended), 1e-3)
 
 
@@ -327,10 +325,9 @@ def test_eq10_modulation_is_a_shared_part_plus_a_block_s_own():
     # The order is shifts, scales, gates, each for attention and then for the feed-forward network.
     S = (global_S + block.W_2(block.W_1(silu_c))).unflatten(-1, (6, 32))
     beta_1, beta_2, gamma_1, gamma_2, alpha_1, alpha_2 = S.unbind(2)
-    normed = F.layer_norm(x, [32], eps=1e-6)
-    h = x + alpha_1 * block.attention(normed * (1 + gamma_1) + beta_1, dod.cos, dod.sin)
-    normed = F.layer_norm(h, [32], eps=1e-6)
-    expected = h + alpha_2 * block.ffn(normed * (1 + gamma_2) + beta_2)
+    norm = partial(F.layer_norm, normalized_shape=[32], eps=1e-6)
+    h = x + alpha_1 * block.attention(norm(x) * (1 + gamma_1) + beta_1, dod.cos, dod.sin)
+    expected = h + alpha_2 * block.ffn(norm(h) * (1 + gamma_2) + beta_2)
     assert close(block(x, silu_c, global_S, dod.cos, dod.sin), expected, 1e-4)
 
 
@@ -420,15 +417,9 @@ def test_the_demonstrations_run(tmp_path, monkeypatch, capsys):
     assert re.search(r"85.71 M(.|\n)*DoD-B .* 243.4 +62.3 +3.81\n", capsys.readouterr().out)
 
     # The benchmark of this file.
-    flags = ["--models", "DoD-Ti", "FiTv2-Ti", "--batch-size", "2"]
-    monkeypatch.setattr(sys, "argv", ["test_dod.py", *flags, "--device", "cpu"])
-    main()
+    flags = ["--models", "DoD-Ti", "FiTv2-Ti", "--batch-size", 2, "--device", "cpu"]
+    assert run(sys.modules[__name__], *flags) == 0
     assert re.search(r"\nDoD-Ti .*%.*\nFiTv2-Ti .*%.*\n", capsys.readouterr().out)
-
-
-# A run of six steps on letters of 8 x 8 pixels.
-QUICK = "--image-size 8 --batch-size 8 --steps 6 --held-out 0.002 --log-every 2 --save-every 3"
-QUICK = [*QUICK.split(), "--device", "cpu"]
 
 
 def run(module, *argv) -> int:
@@ -444,24 +435,20 @@ def run(module, *argv) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def work(main, argv: list[str], environment: dict) -> None:
+def work(name: str, argv: tuple, environment: dict) -> None:
     """All that a process of launch() does."""
-    sys.argv = argv
     os.environ.update(environment)
-    sample.run_command(main)
+    sys.exit(run(sys.modules[name], *argv))
 
 
 def launch(module, *argv, ranks: int = 1) -> list:
     """Starts a script in processes of their own, with the variables that torchrun sets."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["test_dod"])  # imported once, for all processes
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        network = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    network = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(get_free_port())}
     processes = []
     for rank in range(ranks):
-        environment = network | {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        given = (module.main, [f"{module.__name__}.py", *map(str, argv)], environment)
+        given = (module.__name__, argv, network | {"RANK": str(rank), "WORLD_SIZE": str(ranks)})
         processes.append(server.Process(target=work, args=given, daemon=True))
         processes[-1].start()
     return processes
@@ -600,10 +587,9 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     steps = []
     before_step(monkeypatch, lambda step, given: steps.append(given))
     data = folder(tmp_path / "data")
-    flags = [*QUICK, "--data", data, "--held-out", 0.25, "--seed", 4, "--class-groups", 2]
-    flags += ["--p-s", 0.25, "--lr", 0.01, "--lem-lr-factor", 0.5, "--warmup", 2]
-    flags += ["--ema-decay", 0.5, "--precision", "bf16", "--out", tmp_path / "out"]
-    assert run(train, *flags) == 0
+    flags = "--held-out 0.25 --seed 4 --class-groups 2 --p-s 0.25 --lr 0.01 --lem-lr-factor 0.5"
+    flags += " --warmup 2 --ema-decay 0.5 --precision bf16"
+    assert run(train, *QUICK, *flags.split(), "--data", data, "--out", tmp_path / "out") == 0
 
     # What each step should have been given, put together by hand. Images are mirrored by default.
     images, held_out, _ = train.load_data(str(data), 8, 3, 0.25, 2)
@@ -614,13 +600,11 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
 
     def read(data, numbers, flips):
         """-> latents and the model's classes of some images."""
-        x0 = []
-        y = []
-        for i, flipped in zip(numbers, flips, strict=False):
-            file = Path(data.members[i])
-            x0.append(np.array(Image.open(file))[:, :: -1 if flipped else 1] / 127.5 - 1)
-            y.append("abcde".index(file.parent.name) * 2 // 5)
-        return torch.tensor(np.stack(x0)).permute(0, 3, 1, 2).float(), torch.tensor(y)
+        files = [Path(data.members[i]) for i in numbers]
+        pixels = np.array([Image.open(file) for file in files])
+        pixels[flips] = pixels[flips, :, ::-1]
+        y = torch.tensor(["abcde".index(file.parent.name) * 2 // 5 for file in files])
+        return torch.tensor(pixels / 127.5 - 1).permute(0, 3, 1, 2).float(), y
 
     orders = [np.random.default_rng((4, 1, epoch)).permutation(15) for epoch in range(4)]
     kept = flow.keeps_prior(8, 0.25).nonzero().squeeze(1)
@@ -637,8 +621,7 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     # The rates warm up, LEM's and its MLP's at half of the other; the seed gives the first weights.
     assert [given.lr for given in steps] == [[0.005, 0.0025], *[[0.01, 0.005]] * 5]
     torch.manual_seed(4)
-    first = parameters_to_vector(build_model(config).parameters())
-    assert torch.equal(steps[0].weights, first)
+    assert torch.equal(steps[0].weights, parameters_to_vector(build_model(config).parameters()))
 
     # The held-out loss has two halves: EMA weights, fp32, the noise of step 0, no class dropped.
     saved = sample.load_checkpoint(tmp_path / "out/ckpt.pt")
@@ -647,9 +630,8 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     x0, y = read(held_out, range(5), [False] * 5)
     x1, _, t, _ = train.draw_noise(4, 0, 5, config, torch.Generator())
     kept = flow.keeps_prior(5, 0.25)
-    with torch.no_grad():
-        rows = kept.nonzero().squeeze(1)
-        losses = flow.rectified_flow_loss(sample.load_model(saved), x0, y, x1, t, rows)
+    rows = kept.nonzero().squeeze(1)
+    losses = flow.rectified_flow_loss(sample.load_model(saved), x0, y, x1, t, rows)
     expected = [losses.mean(), losses[kept].mean(), losses[~kept].mean()]
     keys = ("held_out_loss", "held_out_loss_prior", "held_out_loss_S")
     assert records_of(tmp_path / "out", *keys)[-1] == pytest.approx(torch.stack(expected).tolist())
@@ -710,9 +692,8 @@ def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, 
 
 def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path):
     # Two ranks, which encode a cache of 20 images together; their run would not end by itself.
-    data = folder(tmp_path / "data", 16)
-    flags = [*QUICK, "--data", data, "--vae", vae, "--image-size", 16, "--p-s", 0.25]
-    flags += ["--log-every", 1, "--save-every", 10**6]
+    flags = [*QUICK, "--data", folder(tmp_path / "data", 16), "--vae", vae, "--image-size", 16]
+    flags += ["--p-s", 0.25, "--log-every", 1, "--save-every", 10**6]
     two = tmp_path / "two"
     log = two / "log.jsonl"
     more = ["--cache", tmp_path / "cache 2", "--steps", 10**6, "--out", two]
@@ -739,19 +720,14 @@ def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path)
 
 def test_nothing_bad_takes_the_place_of_a_checkpoint(monkeypatch, tmp_path, capfd):
     # The data of step 5 are not numbers; the log looks at it in step 6.
-    def poison(step, given):
-        if step == 5:
-            given.batch[0] = given.batch[0] * math.nan
-
-    before_step(monkeypatch, poison)
+    before_step(monkeypatch, lambda step, given: step == 5 and given.batch[0].fill_(math.nan))
     assert run(train, *QUICK, "--out", tmp_path) == 2
     assert "the loss of step 5 (or its gradient) is not finite" in capfd.readouterr().err
     assert sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
 
     # A finite loss may have a gradient that is not.
-    results = [torch.tensor([0, 0, 0, math.inf])]
     with pytest.raises(FloatingPointError, match="step 7 "):
-        train.summarise(None, 7, results)
+        train.summarise(None, 7, [torch.tensor([0, 0, 0, math.inf])])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -786,8 +762,7 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
     keys = ("step", "held_out_loss", "loss_prior", "loss_S", "held_out_loss_prior")
     log = records_of(trained, *keys)
     assert [(record[0], record[1] is None) for record in log] == [(2, 1), (3, 0), (4, 1), (6, 0)]
-    flags = [*QUICK, "--latent-tokens", 0, "--steps", 2, "--out", tmp_path / "fit"]
-    assert run(train, *flags) == 0
+    assert run(train, *QUICK, "--latent-tokens", 0, "--steps", 2, "--out", tmp_path / "fit") == 0
     assert records_of(tmp_path / "fit", *keys)[-1].count(None) == 3
     assert PLOT.call_args.args == (tmp_path / "fit/log.jsonl", tmp_path / "fit/loss.png")
     for out in (trained, tmp_path / "fit"):
@@ -829,14 +804,27 @@ def test_a_resumed_run_is_the_run_that_was_started(trained, monkeypatch, capfd):
         train.resume(trained / "ckpt.pt", {}, saved | {"shift": 0.5})
 
 
+def test_nodes_must_share_the_folders_of_a_run(trained, colours, vae, tmp_path, capfd):
+    # Another rank finds nothing where this one finds a checkpoint, or a cache.
+    def gather(answers, found):
+        answers[:] = [found, type(found)()]
+
+    ranks = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "barrier": Mock()}
+    cached = ["--data", colours / "data", "--vae", vae, "--image-size", 16, "--out", tmp_path]
+    cached += ["--cache", tmp_path / "cache"]
+    with patch.multiple(torch.distributed, all_gather_object=gather, **ranks):
+        for flags, name in ([["--out", trained, "--resume"], trained], [cached, cached[-1]]):
+            assert run(train, *QUICK, *flags) == 2
+            assert f"the nodes do not share {name}; " in capfd.readouterr().err
+
+
 def test_a_line_says_what_the_prior_is_worth_and_warns_of_a_dead_lem():
     # The warning comes below 1%, once the warm-up is over and a tenth of the steps are done.
     args = Namespace(warmup=30, steps=500)
     line = train.worth_of_prior({"step": 31, "loss_S": 0.27, "loss_prior": 0.187}, args)
     assert line == "step 31: the prior lowers the loss by 0.083 (31%)"
-    for step, warmup, loss, warns in (
-        (51, 30, 0.9901, True), (51, 30, 0.98, False), (49, 30, 1, False), (60, 60, 1, False)
-    ):  # fmt: skip
+    cases = [(51, 30, 0.9901, True), (51, 30, 0.98, False), (49, 30, 1, False), (60, 60, 1, False)]
+    for step, warmup, loss, warns in cases:
         args.warmup = warmup
         line = train.worth_of_prior({"step": step, "loss_S": 1, "loss_prior": loss}, args)
         assert ("LEM learns nothing; try a lower --lr" in line) == warns
@@ -932,8 +920,7 @@ def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae, t
     given = Namespace(held_out=[(image, 0) for image in images], codec=codec, modules={"ema": dod})
     given.args = Namespace(seed=0, p_s=0.5)
     rows = flow.keeps_prior(40, 0.5).nonzero().squeeze(1)
-    y = torch.zeros(40, dtype=torch.long)
-    loss = flow.rectified_flow_loss(dod, expected, y, x1, t, rows).mean()
+    loss = flow.rectified_flow_loss(dod, expected, torch.zeros(40).long(), x1, t, rows).mean()
     assert close(train.held_out_loss(given)["held_out_loss"], loss, 1e-3)
 
     # Decoding undoes scale and shift.
@@ -1008,9 +995,6 @@ def test_an_image_is_a_function_of_seed_and_number(monkeypatch):
     # Latents that would decode to black are refused.
     with pytest.raises(FloatingPointError, match="not finite"):
         PIXELS.decode(torch.tensor([0.5, math.nan]).view(2, 1, 1, 1))
-
-
-SET = ["--device", "cpu", "--steps", 2, "--seed", 7, "--batch-size", 4]
 
 
 def set_of(path: Path, *flags) -> tuple[np.ndarray, np.ndarray]:
@@ -1116,6 +1100,7 @@ def test_the_grid_is_fair_and_a_path_leads_from_noise_to_sample(ckpt, tmp_path, 
     ("sample --classes a", "class 'a' is unknown"),
     ("sample --prior a.png --stages 2", "given priors take one stage"),
     ("sample --vae vae", "another scale or shift than"),
+    ("sample --ckpt one.pt --npz a.npz --cfg-stage1 2", "nothing to guide by"),
     ("sample --ckpt code.pt", "code.pt is no checkpoint"),
     ("sample --stages 1 --cfg 2", "--cfg-stage1 guides stage 1"),
     ("sample --out data/a/0.png", "data/a/0.png exists"),
@@ -1138,6 +1123,7 @@ def test_mistakes_end_in_one_line(argv, words, trained, vae, tmp_path, monkeypat
     torch.save(saved, "R/ckpt.pt")
     torch.save(saved | {"code": Namespace()}, "code.pt")
     torch.save(saved | {"fingerprint": "x"}, "other.pt")
+    awaken(Path("R/ckpt.pt"), Path("one.pt"), num_classes=1)
     pixels = np.zeros((5, 9, 9, 3), np.uint8)
     arrays = {"good": pixels, "float": pixels + 0.5, "few": pixels[:3], "large": pixels[:, 1:]}
     for name, array in arrays.items():
@@ -1151,8 +1137,7 @@ def test_mistakes_end_in_one_line(argv, words, trained, vae, tmp_path, monkeypat
     assert run(sys.modules[module], *first, *flags) == 2
     (line,) = re.findall(".*(?:error: |Trace).*", capfd.readouterr().err)
     assert line.startswith(f"{module}.py: error: ") and words in line
-    after = {path: path.stat().st_mtime_ns for path in Path().rglob("*.*[!k]")}
-    assert after == before
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*.*[!k]")} == before
 
 
 class NeverWaits(TorchDispatchMode):
@@ -1182,10 +1167,8 @@ def test_a_step_and_euler_s_method_never_wait_for_a_gpu(monkeypatch):
     # Two steps: in the second one, the optimizer's state exists already.
     with FakeTensorMode(allow_non_fake_inputs=True), NeverWaits(), torch.no_grad():
         for step in (1, 2):
-            given = (x, x, x[:, 0, 0, 0], y)
-            loss = train.training_step(dod, dod, optimizer, given, y[:2], step)
-        e_s = dod.visual_prior(x)
-        z0, _ = sample.sample_stage(dod, x, y, e_s, 2.0, Sampler("euler", 3))
+            loss = train.training_step(dod, dod, optimizer, (x, x, x[:, 0, 0, 0], y), y[:2], step)
+        z0, _ = sample.sample_stage(dod, x, y, dod.visual_prior(x), 2.0, Sampler("euler", 3))
     assert loss.device.type == z0.device.type == "cuda"
 
 
@@ -1202,7 +1185,7 @@ def test_fid_against_scipy_where_one_covariance_is_singular():
     x = torch.randn(30, 20) + 30
     S2 = np.cov(x.double().T)
     expected = ((mu1 - x.double().mean(0).numpy()) ** 2).sum()
-    expected += np.trace(S1 + S2 - 2 * sqrtm(S1 @ S2).real)
+    expected += np.trace(S1 + S2 - 2 * linalg.sqrtm(S1 @ S2).real)
     found = evaluate.frechet_distance(mu1, S1, *evaluate.statistics(x))
     assert found == pytest.approx(expected, rel=1e-8)
 
@@ -1211,8 +1194,7 @@ def test_is_of_torch_fidelity():
     library = pytest.importorskip("torch_fidelity.metric_isc")
     logits = 3 * torch.randn(100, 12)
     theirs = library.isc_features_to_metric(logits, splits=10, shuffle=False)
-    probs = logits.softmax(1)
-    assert evaluate.inception_score(probs) == pytest.approx((*theirs.values(),), 1e-5)
+    assert evaluate.inception_score(logits.softmax(1)) == pytest.approx((*theirs.values(),), 1e-5)
 
 
 def test_precision_and_recall_are_the_written_out_shares():
@@ -1229,16 +1211,14 @@ def test_precision_and_recall_are_the_written_out_shares():
 
 
 def test_psnr_and_ssim_are_the_written_out_formulas():
-    def blur(z):
-        """SciPy's Gaussian window of 11 pixels, less what the border touches."""
-        return gaussian_filter(z, 1.5, truncate=3.5)[5:-5, 5:-5]
-
-    # Eq. 13 of Wang et al. (2004), in dark images. Of two channels one is the same in both.
+    # Eq. 13 of Wang et al. (2004), in dark images, with SciPy's Gaussian window of 11 pixels. What
+    # the border touches is left out at the end. Of two channels one is the same in both.
+    blur = partial(ndimage.gaussian_filter, sigma=1.5, truncate=3.5)
     rng = np.random.default_rng(4)
     a, b = rng.integers(0, 30, (2, 20, 17)).astype(float)
     variances = blur(a * a) - blur(a) ** 2 + blur(b * b) - blur(b) ** 2
     top = (2 * blur(a) * blur(b) + 2.55**2) * (2 * (blur(a * b) - blur(a) * blur(b)) + 7.65**2)
-    one = (top / (blur(a) ** 2 + blur(b) ** 2 + 2.55**2) / (variances + 7.65**2)).mean()
+    one = (top / (blur(a) ** 2 + blur(b) ** 2 + 2.55**2) / (variances + 7.65**2))[5:-5, 5:-5].mean()
     x = torch.from_numpy(np.stack([[a, a]])).byte()
     y = torch.from_numpy(np.stack([[a, b]])).byte()
     assert evaluate.ssim(x, y).item() == pytest.approx((1 + one) / 2, rel=1e-10)
@@ -1364,7 +1344,6 @@ def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_
     distances = cdist(fake.pool, again.pool)
     same_class = (y[:, None] == y).numpy() & ~np.eye(70, dtype=bool)
     expected |= {"spread": np.diag(distances).mean() / distances[same_class].mean()}
-
     assert rows[5] == pytest.approx(expected, rel=1e-5)
 
     # The report says how it came about, without weights.
@@ -1439,16 +1418,12 @@ def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right(tmp_p
         assert re.match(rf" *(def|class) {name}\b", found), f"{file}:{line} is {found}"
 
     # The shell runs every block, with commands that only print themselves; two milestones exist.
-    run_folder = tmp_path / "out/train"
-    run_folder.mkdir(parents=True)
-    for step in (100_000, 200_000):
-        (run_folder / f"ema-{step:07}.pt").touch()
-    stubs = """pip() { :; }; srun() { shift 2; "$@"; }; scontrol() { echo node; }
+    stubs = """set -eu; mkdir -p out/train; touch out/train/ema-0{1,2}00000.pt
+        pip() { :; }; srun() { shift 2; "$@"; }; scontrol() { echo node; }
         python() { echo python "$@"; }; torchrun() { echo torchrun "$@"; }
         SLURM_NNODES=1 SLURM_CPUS_ON_NODE=8 SLURM_JOB_ID=7 SLURM_JOB_NODELIST=node\n"""
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    bash = ["bash", "-eu", "-c", stubs + blocks]
-    printed = subprocess.run(bash, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.check_output(["bash", "-c", stubs + blocks], cwd=tmp_path, text=True)
     commands = re.findall(r"^.*?\b(train|sample|evaluate)\.py *(.*)", printed, re.MULTILINE)
     assert len(commands) > 12 and {name for name, _ in commands} == {"train", "sample", "evaluate"}
 
@@ -1503,8 +1478,7 @@ def test_table5_samples_are_compared_with_images_and_moments(tmp_path, monkeypat
     fake, real = (evaluate.Features(*thin(part)) for part in (x[:9], x[9:]))
     expected = evaluate.compare(real, fake) | {"what": "fakes"}
     expected["fid"] = evaluate.frechet_distance(*mu.values(), *evaluate.statistics(fake.pool))
-    moments = (*mu_s.values(), *evaluate.statistics(fake.spatial))
-    expected["sfid"] = evaluate.frechet_distance(*moments)
+    expected["sfid"] = evaluate.frechet_distance(*mu_s.values(), *evaluate.statistics(fake.spatial))
     expected["psnr"] = evaluate.psnr(x[:9], x[9:]).mean().item()
     expected["ssim"] = evaluate.ssim(x[:9], x[9:]).mean().item()
     assert row == pytest.approx(expected)
@@ -1544,9 +1518,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     side = 4096 if cuda else 1024
     matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else None)
-    timer = Timer("m @ m", globals={"m": matrix}, num_threads=torch.get_num_threads())
-    rate = 2 * side**3 / timer.blocked_autorange().median
-    name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    rate = 2 * side**3 / Timer("m @ m", globals={"m": matrix}).blocked_autorange().median
+    name = torch.cuda.get_device_name(device) if cuda else "one thread"
     print(f"{name}, torch {torch.__version__}: a matrix product runs at {rate / 1e12:.4g} TFLOP/s")
     print("model     compile   images/s   of that rate   GiB, peak")
 
@@ -1561,10 +1534,8 @@ def main() -> None:
         data = (x0, x1, t, dropped.long())
         state = (network, modules["ema"], modules["optimizer"], data, kept, 1, cuda)
 
-        # The mean of several steps, after two to warm up, with a GPU's work finished.
-        step = partial(train.training_step, *state)
-        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-        timer.timeit(2)
+        # The mean of several steps, with a GPU's work finished; timeit() runs two more to warm up.
+        timer = Timer("step(*state)", globals={"step": train.training_step, "state": state})
         speed = len(t) / timer.timeit(30 if cuda else 2).mean
         peak = f"{torch.cuda.max_memory_allocated(device) / 2**30:9.1f}" if cuda else "        -"
         share = speed * model.training_flops(config) / rate

@@ -3,7 +3,7 @@ r"""train.py -- end-to-end training of DoD: the step, the loop, the data. Sectio
 Backbone and LEM learn together, from real images alone. In training the visual prior of an image
 is LEM of its own latent, and a share p_s of each batch sees the sample token S instead. Section 3.3
 assumes that only semantics pass LEM's bottleneck, and that they are alike in real and in generated
-images. (What really passes is whatever lowers the loss most: for our letters, grey and slant.)
+images. (What really passes is whatever lowers the loss most.)
 
 Everything random is a function of (seed, step) and is drawn for the global batch. So the number of
 GPUs changes a result by rounding only, and a resumed run, on a CPU, equals an unbroken one exactly.
@@ -15,12 +15,9 @@ GPUs changes a result by rounding only, and a resumed run, on a CPU, equals an u
         --vae stabilityai/sd-vae-ft-ema --cache latents --compile
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -100,22 +97,17 @@ def training_step(
     norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     optimizer.step()
 
-    # What is sampled from, and reported, is the moving average of the weights.
-    update_ema(ema, network, step, ema_decay)
+    # What is sampled from, and reported, is a moving average of the weights, in fp32 (section 4.1).
+    # CHOICE: step n uses min(decay, (1 + n) / (10 + n)), so that the start is soon forgotten. The
+    # paper prints a decay of 0.999; SiT's and FiTv2's code has 0.9999.
+    decay = min(ema_decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for average, weight in zip(ema.parameters(), network.parameters(), strict=True):
+            average.lerp_(weight, 1 - decay)
+
     losses = losses.detach()
     sum_with_prior = losses[with_prior].sum()
     return torch.stack([losses.mean(), sum_with_prior, losses.sum() - sum_with_prior, norm])
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, network: nn.Module, step: int, decay: float = 0.999) -> None:
-    """ema <- decay ema + (1 - decay) weights, in fp32, at the end of step `step` (section 4.1).
-
-    CHOICE: step n uses min(decay, (1 + n) / (10 + n)), so that the random start is soon forgotten.
-    The paper prints a decay of 0.999; SiT's and FiTv2's code has 0.9999."""
-    decay = min(decay, (1 + step) / (10 + step))
-    for average, weight in zip(ema.parameters(), network.parameters(), strict=True):
-        average.lerp_(weight, 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -139,8 +131,8 @@ def train(args: argparse.Namespace) -> None:
     results = []  # of the steps since the last record in the log
     began = time.time()
     waited = 0.0  # seconds
-    steps = range(run.done + 1, args.steps + 1)
-    bar = tqdm(steps, initial=run.done, total=args.steps, mininterval=1, disable=rank > 0)
+    done = run.steps.start - 1
+    bar = tqdm(run.steps, initial=done, total=args.steps, mininterval=1, disable=rank > 0)
     try:
         for step in bar:
             # This rank's images (or cached moments) and classes. The time spent waiting for them
@@ -149,9 +141,9 @@ def train(args: argparse.Namespace) -> None:
             try:
                 x, y = next(images)
             except Exception as error:
-                # The finished steps are saved first, by the rank that failed, for all have the same
-                # weights; but not if rank 0 has just saved them, or is about to.
-                if (step - 1) % args.save_every and all(x.isfinite().all() for x in results):
+                # The rank that failed saves the finished steps first, since all ranks have the same
+                # weights; but not if rank 0 saves that step anyway.
+                if (step - 1) % args.save_every and all(r.isfinite().all() for r in results):
                     save_checkpoint(args.out / "ckpt.pt", run.facts, step - 1, run.modules)
                 # A traceback would keep the loader's workers alive; the error's text has theirs.
                 raise (error.with_traceback(None) if args.workers else error) from None
@@ -201,9 +193,8 @@ def train(args: argparse.Namespace) -> None:
 
 
 def after_interval(
-    run: Run, step: int, results: list[Tensor], began: float, waited: float, save: bool,
-    milestone: bool,
-) -> None:  # fmt: skip
+    run: "Run", step: int, results: list, began: float, waited: float, save: bool, milestone: bool
+) -> None:
     """What follows an interval of steps: a record in the log and, where they are due, a checkpoint
     (what resuming needs) and a milestone (what sampling needs). results: of training_step; began: a
     time; waited: seconds. FloatingPointError, and nothing is saved, if a loss is not finite."""
@@ -253,7 +244,7 @@ class Run:
     with_prior: Tensor  # see training_step()
     loader: DataLoader
     flops: float  # operations of training on one image
-    done: int  # the steps that were done when the run was started or resumed
+    steps: range  # those to come
 
 
 def set_up(args: argparse.Namespace) -> Run:
@@ -290,7 +281,7 @@ def set_up(args: argparse.Namespace) -> Run:
     network, modules = build(args, config, device)
     ckpt = args.out / "ckpt.pt"
     done = resume(ckpt, modules, facts) if args.resume and ckpt.exists() else 0
-    barrier()  # all ranks have looked for it before rank 0 writes one
+    require_shared(args.out, done)
     if rank_and_world_size()[0] == 0:
         print(f"{args.model}, {len(training)} images in {config.num_classes} classes, step {done}")
         if not done:
@@ -302,14 +293,15 @@ def set_up(args: argparse.Namespace) -> Run:
             temporary.write_text("".join(kept))
 
     # The loader carries images (or cached moments) and classes of this rank's share only.
-    numbers = batches(len(training), args.batch_size, args.seed, args.flip, done + 1)
+    steps = range(done + 1, args.steps + 1)
+    numbers = batches(len(training), args.batch_size, args.seed, args.flip, steps)
     loader = DataLoader(
         training, batch_sampler=(batch[share] for batch in numbers), num_workers=args.workers,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
     )  # fmt: skip
     flops = training_flops(config, args.p_s)
     return Run(
-        args, codec, network, modules, facts, held_out, share, with_prior, loader, flops, done
+        args, codec, network, modules, facts, held_out, share, with_prior, loader, flops, steps
     )
 
 
@@ -324,27 +316,26 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> tup
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
 
-    # CHOICE: LEM and the prior's MLP can learn at a rate of their own; the paper has one for all.
+    # CHOICE: LEM and the prior's MLP, group 1, can learn at a rate of their own; the paper has one.
     groups = [{"params": [], "peak_lr": args.lr}]
     if config.N:
         groups.append({"params": [], "peak_lr": args.lr * args.lem_lr_factor})
     for name, weight in model.named_parameters():
         groups[name.startswith(("lem.", "prior_mlp."))]["params"].append(weight)
     optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True)
-    modules = {"model": model, "ema": ema, "optimizer": optimizer}
 
     # Compiled block by block, so that the weights keep their names.
     for module in model.modules():
         if args.compile and isinstance(module, (Block, ViTBlock)):
             module.compile(dynamic=False)
-    if rank_and_world_size()[1] == 1:
-        return model, modules
 
-    # DDP would cut compiled blocks into smaller ones; its documentation names no public switch.
-    torch._dynamo.config.optimize_ddp = False
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    network.broadcast_buffers = False  # they are constants, which need no exchange
-    return network, modules
+    network = model
+    if rank_and_world_size()[1] > 1:
+        # DDP would cut compiled blocks into smaller ones; its documentation names no public switch.
+        torch._dynamo.config.optimize_ddp = False
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        network.broadcast_buffers = False  # they are constants, which need no exchange
+    return network, {"model": model, "ema": ema, "optimizer": optimizer}
 
 
 def ignore_signals(worker: int) -> None:
@@ -356,16 +347,16 @@ def ignore_signals(worker: int) -> None:
 # ------------------------------------------------------------------------------- batches and images
 
 
-def batches(count: int, batch_size: int, seed: int, flip: bool, first: int) -> Iterator[list]:
-    """Yields the items (image number, flipped) of the global batch, from step `first` on. The order
-    of the `count` images is a function of (seed, epoch). CHOICE: a batch may span two epochs, so
-    that none is smaller; with `flip`, images are mirrored with probability 0.5, by (seed, step)."""
+def batches(count: int, batch_size: int, seed: int, flip: bool, steps: range) -> Iterator[list]:
+    """Yields the items (image number, flipped) of the global batch of each step. The order of the
+    `count` images is a function of (seed, epoch). CHOICE: a batch may span two epochs, so that none
+    is smaller; with `flip`, images are mirrored with probability 0.5, by (seed, step)."""
 
     @lru_cache(maxsize=2)
     def permutation(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, ORDER_STREAM, epoch)).permutation(count)
 
-    for step in itertools.count(first):
+    for step in steps:
         places = range((step - 1) * batch_size, step * batch_size)
         numbers = [int(permutation(place // count)[place % count]) for place in places]
         flipped = np.random.default_rng((seed, FLIP_STREAM, step)).random(batch_size) < 0.5
@@ -430,12 +421,9 @@ class Labelled(Dataset):
     """Images, or cached latents, with their classes: the original ones, and those that the model
     knows. With --class-groups K, class k of n is the model's class k K // n."""
 
-    def __init__(
-        self, classes: list, labels: list, members: Sequence, load: Callable, groups: int | None
-    ):
-        """classes: their names; labels (n,): the class of each member; load(member) reads it;
-        groups: K, or None. Raises UserError if there are fewer classes than groups."""
-        K = groups or len(classes)
+    def __init__(self, classes: list, labels: list, members: Sequence, load: Callable, K: int):
+        """classes: their names; labels (n,): the class of each member; load(member) reads it.
+        Raises UserError if there are fewer than K classes."""
         if K > len(classes):
             raise UserError(f"--class-groups {K}: there are only {len(classes)} classes")
         self.original_classes = classes
@@ -501,8 +489,9 @@ def load_data(
     untrained = set(range(len(classes))) - set(labels[cut:])
     if untrained:
         raise UserError(f"class {classes[min(untrained)]} has no training image; lower --held-out")
-    training = Labelled(classes, labels[cut:], members[cut:], load, class_groups)
-    return training, Labelled(classes, labels[:cut], members[:cut], load, class_groups), fingerprint
+    K = class_groups or len(classes)
+    training = Labelled(classes, labels[cut:], members[cut:], load, K)
+    return training, Labelled(classes, labels[:cut], members[:cut], load, K), fingerprint
 
 
 # ------------------------------------------------------------------------------------- latent cache
@@ -519,7 +508,7 @@ def read_latents(i: int, file: Path, shape: list[int]) -> Tensor:
     return torch.frombuffer(bytearray(record), dtype=torch.float16).view(shape)
 
 
-def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, note: dict) -> None:
+def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: dict) -> None:
     """Encodes all images of --data into a file of fp16, (n, 2 flips, 2 moments, C, H, W): mean and
     standard deviation of the VAE's posterior, from which each step draws anew. Each rank encodes a
     contiguous part. The file gets its name when it is complete. UserError for unreadable images.
@@ -528,25 +517,24 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, note: dict)
     images, _, fingerprint = load_data(args.data, args.image_size, args.channels, held_out=0)
     channels, side = codec.latent_shape(args.channels, args.image_size)
     shape = (2, 2, channels, side, side)
-    size = 2 * math.prod(shape)  # bytes of an image
-    parts = [len(images) * k // ranks for k in range(ranks + 1)]
+    share = range(len(images) * rank // ranks, len(images) * (rank + 1) // ranks)
 
     # Rank 0 writes what tells one cache from another, and an empty file for the latents.
-    path = file.with_name(f".dod-{file.name}")  # the name that replacing() gives it
+    path = file.with_name(f".dod0-{file.name}")  # the name that replacing() gives rank 0
     with replacing(file) if rank == 0 else nullcontext():
         if rank == 0:
-            note |= {"made": time.ctime(), "shape": shape, "fingerprint": fingerprint}
-            note |= {"classes": images.classes, "labels": images.labels.tolist()}
-            file.with_name("about.json").write_text(json.dumps(note))
+            about = settings | {"made": time.ctime(), "shape": shape, "fingerprint": fingerprint}
+            about |= {"classes": images.classes, "labels": images.labels.tolist()}
+            file.with_name("about.json").write_text(json.dumps(about))
             path.write_bytes(b"")
         barrier()
 
         # This rank's part. Images are mirrored here, so that each file is read only once. (In a
         # memory map, two nodes would undo each other's part of a page.)
-        items = [(i, False) for i in range(parts[rank], parts[rank + 1])]
+        items = [(i, False) for i in share]
         loader = DataLoader(images, batch_size=64, sampler=items, num_workers=args.workers)
         with open(path, "rb+") as latents:
-            latents.seek(parts[rank] * size)
+            latents.seek(share.start * 2 * math.prod(shape))  # two bytes a number
             for x, _ in tqdm(loader, "encoding", disable=rank > 0):
                 views = [torch.stack(codec.moments(view), dim=1) for view in (x, x.flip(-1))]
                 moments = torch.stack(views, dim=1)  # (b, 2, 2, C, H, W)
@@ -564,10 +552,10 @@ def open_cache(args: argparse.Namespace, codec: Codec) -> None:
     settings = {"data": str(Path(args.data).resolve()), "image_size": args.image_size}
     settings |= {"vae": codec.name, "scale": codec.scale, "shift": codec.shift}
     missing = not file.exists()
-    barrier()  # all ranks have looked before one of them begins to write
+    require_shared(file.parent, missing)
     if missing:
         with lock(file.parent):
-            encode_cache(file, args, codec, dict(settings))
+            encode_cache(file, args, codec, settings)
 
     # Latents of another data set, VAE or size would silently train another model.
     about = json.loads(file.with_name("about.json").read_text())
@@ -592,6 +580,16 @@ def lock(folder: Path) -> FileLock | nullcontext:
     Rank 0 holds it for all."""
     rank, _ = rank_and_world_size()
     return FileLock(folder / ".dod-lock", timeout=0) if rank == 0 else nullcontext()
+
+
+def require_shared(folder: Path, found: int) -> None:
+    """Waits until all ranks have looked into a folder, before one of them writes there. Raises
+    UserError unless all have found the same, as they do in a file system that the nodes share."""
+    if dist.is_initialized():
+        answers = [0] * dist.get_world_size()
+        dist.all_gather_object(answers, found)
+        if len(set(answers)) > 1:
+            raise UserError(f"the nodes do not share {folder}; put it on a shared file system")
 
 
 def save_checkpoint(path: Path, facts: dict, step: int, modules: dict) -> None:
@@ -632,8 +630,9 @@ def summarise(run: Run, step: int, results: list[Tensor]) -> dict:
     table /= ranks
     bad = (~table.isfinite().all(0)).nonzero()
     if len(bad):
-        what = f"the loss of step {step - len(results) + 1 + int(bad[0])} (or its gradient)"
-        raise FloatingPointError(f"{what} is not finite; ckpt.pt is still good; try a lower --lr")
+        first = step - len(results) + 1 + int(bad[0])
+        fault = f"the loss of step {first} (or its gradient) is not finite"
+        raise FloatingPointError(f"{fault}; ckpt.pt is from before; a lower --lr needs a new run")
     loss, sum_prior, sum_S, norm = table.mean(1).tolist()
     record = {"step": step, "loss": loss}
 
@@ -642,8 +641,7 @@ def summarise(run: Run, step: int, results: list[Tensor]) -> dict:
         number_S = round(run.args.p_s * run.args.batch_size)
         record["loss_prior"] = sum_prior * ranks / (run.args.batch_size - number_S)
         record["loss_S"] = sum_S * ranks / number_S
-    lr = run.modules["optimizer"].param_groups[0]["lr"]
-    return record | {"grad_norm": norm, "lr": lr}
+    return record | {"grad_norm": norm, "lr": run.modules["optimizer"].param_groups[0]["lr"]}
 
 
 @torch.no_grad()
@@ -655,8 +653,7 @@ def held_out_loss(run: Run) -> dict[str, float]:
     ema = run.modules["ema"]
     device = ema.device
     x1, eps, t, _ = draw_noise(run.args.seed, 0, len(x), ema.config, torch.Generator(device))
-    pairs = zip(x.to(device).split(32), eps.split(32), strict=True)  # a VAE takes much memory
-    x0 = torch.cat([run.codec.encode(part, its_eps) for part, its_eps in pairs])
+    x0 = run.codec.encode(x.to(device), eps)
     keeps = keeps_prior(len(x), run.args.p_s if ema.config.N else 1).to(device)
     losses = rectified_flow_loss(ema, x0, y.to(device), x1, t, keeps.nonzero().squeeze(1))
     found = {"held_out_loss": losses.mean().item()}
@@ -699,13 +696,11 @@ def plot_log(log: Path, out: Path) -> None:
         names = {"loss_S": "images with the token S", "loss_prior": "images with their prior"}
         axes.fill_between(*np.transpose(halves), alpha=0.2, label="what the prior is worth")
     for i, (key, name) in enumerate(names.items()):
-        for column, style in ((key, "-"), (f"held_out_{key}", "--.")):
+        for what, column, style in (("training", key, "-"), ("held out", f"held_out_{key}", "--.")):
             points = [(x["step"], x[column]) for x in records if column in x]
-            label = f"{'training' if style == '-' else 'held out'}, {name}"
-            axes.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}", label=label)
+            axes.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{i}", label=f"{what}, {name}")
     axes.set(xlabel="training step", ylabel="loss (Eq. 3): mean squared error of v", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")  # 0.1, not 10^-1
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")  # 0.1, not 10^-1
     axes.legend()
     axes.figure.savefig(out, dpi=100)
 
@@ -713,7 +708,7 @@ def plot_log(log: Path, out: Path) -> None:
 # ------------------------------------------------------------------------------------------ command
 
 # Defaults that depend on --data, --vae and --model. FOLDER serves any folder of images. w of the
-# letters, the guidance scale: the best of a scan where LEM had --lr; at a quarter 3 is better.
+# letters, the guidance scale: the best of a scan with --lem-lr-factor 1; at a quarter 3 is better.
 LETTER_DATA = dict(image_size=16, channels=1, patch_size=4, flip=False, w=2.0)
 FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, w=3.5)
 IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, w=5.5)  # with --vae
@@ -735,7 +730,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     share = bounded(float, 0, 1)
     natural = bounded(int, 1)
     count = bounded(int, 0)
-    # fmt: off
     add = parser.add_argument
     add("--data", default="letters", help="letters, or a folder that has a folder for each class")
     add("--vae", default="none", help="Stable Diffusion's: its name on the hub, or a folder")
@@ -772,7 +766,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--log-every", type=natural, default=50, help="steps between records in log.jsonl")
     add("--save-every", type=natural, help="steps between checkpoints")
     add("--keep-every", type=count, default=0, help="steps between milestones, which are kept")
-    # fmt: on
     args = parser.parse_args(argv)
 
     # Defaults that suit the data, then those that suit the model. What the user gives stays.
