@@ -5,6 +5,7 @@ modules. Tests are named after what the paper says.
 """
 
 import copy
+import gc
 import itertools
 import json
 import math
@@ -1037,6 +1038,7 @@ def test_fig4_real_images_are_priors_of_a_set(colours, tmp_path):
     order = np.random.default_rng(0).permutation(20)[:18]
     assert np.array_equal(pixels, [np.array(Image.open(files[i])) for i in order])
     assert y.tolist() == [i // 4 for i in order]
+    assert json.loads((tmp_path / "a/about.json").read_text())["number"] == 18
 
     # One stage with the mean of the VAE's posterior as a prior, at the model's own scale.
     codec = sample.load_codec(sample.load_checkpoint(ckpt)["codec"])
@@ -1093,6 +1095,7 @@ def test_the_grid_is_fair_and_a_path_leads_from_noise_to_sample(ckpt, tmp_path, 
     ("train --p-s 0", "--p-s 0.0 leaves S without an image"),
     ("train --out R", "R has files already"),
     ("sample --number 9 --npz data.npz", "data exists already; give another name"),
+    ("sample --number 9 --npz b.npz", "b-priors exists already; give another name"),
     ("sample --npz a.npz --prior-data data", "has other classes than"),
     ("sample --number 9", "add --npz FILE.npz"),
     ("sample --path --per-class 2", "--per-class is for grids"),
@@ -1118,6 +1121,7 @@ def test_mistakes_end_in_one_line(argv, words, trained, vae, tmp_path, monkeypat
     shutil.copytree("data/a", "hidden/.a")
     Path("vae").symlink_to(vae)
     Path("R").mkdir()
+    Path("b-priors").mkdir()
     Path("taken.json").touch()
     saved = sample.load_checkpoint(trained / "ema-0000006.pt")
     torch.save(saved, "R/ckpt.pt")
@@ -1540,7 +1544,9 @@ def main() -> None:
         peak = f"{torch.cuda.max_memory_allocated(device) / 2**30:9.1f}" if cuda else "        -"
         share = speed * model.training_flops(config) / rate
         print(f"{name:10}{compiled!s:7}{speed:11.4g}{share:14.1%}{peak:>12}", flush=True)
-        if cuda:
+        if cuda:  # the next model should find no memory in use; a compiled one holds itself
+            del network, modules, state, timer
+            gc.collect()
             torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -577,7 +577,7 @@ RECORDED = """
 
 def lock(folder: Path) -> FileLock | nullcontext:
     """Keeps two runs from writing into one folder: to enter it raises OSError if another one does.
-    Rank 0 holds it for all."""
+    Rank 0 holds it for all. (Where files cannot be locked, remove .dod-lock after a kill.)"""
     rank, _ = rank_and_world_size()
     return FileLock(folder / ".dod-lock", timeout=0) if rank == 0 else nullcontext()
 
