@@ -189,7 +189,7 @@ def draw_samples(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sam
     blocks = [("class\nw = 1", codec.decode(samples[0]))]
 
     # What a prior adds shows only beside the same model guided by its class. A model of one class
-    # has no such guidance. CHOICE: w = 2 suits the letters; the paper does not guide stage 1.
+    # has no such guidance. CHOICE: w = 2 is best for assets/letters.pt; the paper has w = 1.
     w = args.cfg_stage1 or (2.0 if model.config.num_classes > 1 else 1.0)
     if w > 1:
         (z0,), _ = draw(1, [w])

@@ -203,7 +203,8 @@ def after_interval(
     images_per_s = len(results) * run.args.batch_size / seconds
     rank, ranks = rank_and_world_size()
     record |= {"images_per_s": images_per_s, "seconds": seconds}
-    record["tflops"] = images_per_s * run.flops / ranks / 1e12  # TFLOP/s of each rank
+    flops = training_flops(run.modules["ema"].config, run.args.p_s)  # of an image
+    record["tflops"] = images_per_s * flops / ranks / 1e12  # TFLOP/s of each rank
     record["waiting_for_data"] = waited / seconds  # a share of the time
     if run.modules["ema"].device.type == "cuda":
         record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -243,7 +244,6 @@ class Run:
     share: slice  # this rank's part of a batch
     with_prior: Tensor  # see training_step()
     loader: DataLoader
-    flops: float  # operations of training on one image
     steps: range  # those to come
 
 
@@ -299,10 +299,7 @@ def set_up(args: argparse.Namespace) -> Run:
         training, batch_sampler=(batch[share] for batch in numbers), num_workers=args.workers,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
     )  # fmt: skip
-    flops = training_flops(config, args.p_s)
-    return Run(
-        args, codec, network, modules, facts, held_out, share, with_prior, loader, flops, steps
-    )
+    return Run(args, codec, network, modules, facts, held_out, share, with_prior, loader, steps)
 
 
 def build(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[nn.Module, dict]:
@@ -707,9 +704,9 @@ def plot_log(log: Path, out: Path) -> None:
 
 # ------------------------------------------------------------------------------------------ command
 
-# Defaults that depend on --data, --vae and --model. FOLDER serves any folder of images. w of the
-# letters, the guidance scale: the best of a scan with --lem-lr-factor 1; at a quarter 3 is better.
-LETTER_DATA = dict(image_size=16, channels=1, patch_size=4, flip=False, w=2.0)
+# Defaults that depend on --data, --vae and --model. FOLDER serves any folder of images. w, the
+# guidance scale, is that of section 4.2 with --vae, and for the letters the best of a scan.
+LETTER_DATA = dict(image_size=16, channels=1, patch_size=4, flip=False, w=3.0)
 FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, w=3.5)
 IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, w=5.5)  # with --vae
 # CHOICE: DoD-Ti learns at 20 times the paper's rate, after a warm-up, and LEM at a quarter of that.
