@@ -23,11 +23,6 @@ report() {
   python evaluate.py "$command" --ckpt "$ckpt" --out "out/reports/$name.json" "$@"
 }
 
-train K1-fitv2-seed1 10000 --model FiTv2-Ti --class-groups 1 --seed 1
-report groups1-fitv2-1-10000 K1-fitv2-seed1 10000 stages --steps 40
-report groups1-fitv2-1-2500 K1-fitv2-seed1 2500 stages --steps 40
-report groups1-fitv2-1-5000 K1-fitv2-seed1 5000 stages --steps 40
-
 train K1-quarter-n1-seed1 10000 --class-groups 1 --seed 1 --lem-lr-factor 0.25 --latent-tokens 1
 report groups1-quarter-n1-1-10000 K1-quarter-n1-seed1 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 
@@ -42,23 +37,14 @@ report groups1-quarter1-5000 K1-quarter-seed1 5000 stages --stages 2 --cfg 1 1.5
 train K1-quarter-seed2 2500 --class-groups 1 --seed 2 --lem-lr-factor 0.25
 report groups1-quarter2-2500 K1-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6
 
-train cifar-K1-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 1 --seed 0 --data cifar10/train --image-size 16 --patch-size 4
-report cifar-groups1-fitv2-0-10000 cifar-K1-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 --steps 40
-report cifar-groups1-fitv2-0-2500 cifar-K1-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
-report cifar-groups1-fitv2-0-5000 cifar-K1-fitv2-seed0 5000 stages --cfg-stage1 1.5 2 3 4 --steps 40
-report steps60-cifar-groups1-fitv2-0-10000 cifar-K1-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 --steps 60
-
-train cifar-K1-fitv2-seed1 5000 --model FiTv2-Ti --class-groups 1 --seed 1 --data cifar10/train --image-size 16 --patch-size 4
-report cifar-groups1-fitv2-1-2500 cifar-K1-fitv2-seed1 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
-report cifar-groups1-fitv2-1-5000 cifar-K1-fitv2-seed1 5000 stages --cfg-stage1 1.5 2 3 4 --steps 40
-
 train cifar-K1-quarter-seed0 10000 --class-groups 1 --seed 0 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups1-quarter0-10000-wide cifar-K1-quarter-seed0 10000 stages --stages 2 --cfg 8 11 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter0-10000 cifar-K1-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter0-2500 cifar-K1-quarter-seed0 2500 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter0-5000 cifar-K1-quarter-seed0 5000 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 
-train cifar-K1-quarter-seed1 5000 --class-groups 1 --seed 1 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
+train cifar-K1-quarter-seed1 10000 --class-groups 1 --seed 1 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
+report cifar-groups1-quarter1-10000 cifar-K1-quarter-seed1 10000 stages --stages 2 --cfg 1 4 6 8 11 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter1-2500 cifar-K1-quarter-seed1 2500 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter1-5000 cifar-K1-quarter-seed1 5000 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 
@@ -71,12 +57,6 @@ report groups2-quarter1-2500 K2-quarter-seed1 2500 stages --stages 2 --cfg 1 1.5
 train K2-quarter-seed2 2500 --class-groups 2 --seed 2 --lem-lr-factor 0.25
 report groups2-quarter2-2500 K2-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 
-train K10-fitv2-lr0.0014-seed0 2500 --model FiTv2-Ti --class-groups 10 --seed 0 --lr 0.0014
-report groups10-fitv2-lr0.0014-0-2500 K10-fitv2-lr0.0014-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
-
-train K10-fitv2-seed0 2500 --model FiTv2-Ti --class-groups 10 --seed 0
-report groups10-fitv2-0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
-
 train K10-quarter-seed0 10000 --class-groups 10 --seed 0 --lem-lr-factor 0.25
 report groups10-quarter0-10000 K10-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 report groups10-quarter0-2500 K10-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
@@ -87,10 +67,6 @@ report groups10-quarter1-2500 K10-quarter-seed1 2500 stages --stages 2 --cfg 1 1
 
 train K10-quarter-seed2 2500 --class-groups 10 --seed 2 --lem-lr-factor 0.25
 report groups10-quarter2-2500 K10-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
-
-train cifar-K10-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 10 --seed 0 --data cifar10/train --image-size 16 --patch-size 4
-report cifar-groups10-fitv2-0-10000 cifar-K10-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
-report cifar-groups10-fitv2-0-2500 cifar-K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 
 train cifar-K10-quarter-seed0 10000 --class-groups 10 --seed 0 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups10-quarter0-10000 cifar-K10-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
@@ -105,6 +81,9 @@ report groups1-fit0-2500 K1-fitv2-seed0 2500 stages --steps 40
 train K1-fitv2-seed1 10000 --model FiTv2-Ti --class-groups 1 --seed 1
 report groups1-fit1-10000 K1-fitv2-seed1 10000 stages --steps 40
 report groups1-fit1-2500 K1-fitv2-seed1 2500 stages --steps 40
+report groups1-fitv2-1-10000 K1-fitv2-seed1 10000 stages --steps 40
+report groups1-fitv2-1-2500 K1-fitv2-seed1 2500 stages --steps 40
+report groups1-fitv2-1-5000 K1-fitv2-seed1 5000 stages --steps 40
 
 train K1-fitv2-seed2 10000 --model FiTv2-Ti --class-groups 1 --seed 2
 report groups1-fit2-10000 K1-fitv2-seed2 10000 stages --steps 40
@@ -149,6 +128,17 @@ report groups1-lem1-2500 K1-same-seed1 2500 stages --stages 2 --cfg 1 2 3 4 5 6 
 train K1-same-seed2 10000 --class-groups 1 --seed 2 --lem-lr-factor 1
 report groups1-lem2-10000 K1-same-seed2 10000 stages --stages 2 --cfg 1 2 3 4 5 6 8 11
 report groups1-lem2-2500 K1-same-seed2 2500 stages --stages 2 --cfg 1 2 3 4 5 6 8
+
+train cifar-K1-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 1 --seed 0 --data cifar10/train --image-size 16 --patch-size 4
+report cifar-groups1-fitv2-0-10000 cifar-K1-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 --steps 40
+report cifar-groups1-fitv2-0-2500 cifar-K1-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
+report cifar-groups1-fitv2-0-5000 cifar-K1-fitv2-seed0 5000 stages --cfg-stage1 1.5 2 3 4 --steps 40
+report steps60-cifar-groups1-fitv2-0-10000 cifar-K1-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 --steps 60
+
+train cifar-K1-fitv2-seed1 10000 --model FiTv2-Ti --class-groups 1 --seed 1 --data cifar10/train --image-size 16 --patch-size 4
+report cifar-groups1-fitv2-1-10000 cifar-K1-fitv2-seed1 10000 stages --cfg-stage1 1.5 2 3 4 --steps 40
+report cifar-groups1-fitv2-1-2500 cifar-K1-fitv2-seed1 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
+report cifar-groups1-fitv2-1-5000 cifar-K1-fitv2-seed1 5000 stages --cfg-stage1 1.5 2 3 4 --steps 40
 
 train K2-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 2 --seed 0
 report groups2-fit0-10000-wide K2-fitv2-seed0 10000 stages --cfg-stage1 1.25 1.5 --steps 40
@@ -228,12 +218,16 @@ report groups5-lem1-2500 K5-same-seed1 2500 stages --stages 2 --cfg 1 1.5 2 2.5 
 train K5-same-seed2 2500 --class-groups 5 --seed 2 --lem-lr-factor 1
 report groups5-lem2-2500 K5-same-seed2 2500 stages --stages 2 --cfg 1 1.5 2 2.5 3 4 --cfg-stage1 1.5 2 2.5 3 4
 
+train K10-fitv2-lr0.0014-seed0 2500 --model FiTv2-Ti --class-groups 10 --seed 0 --lr 0.0014
+report groups10-fitv2-lr0.0014-0-2500 K10-fitv2-lr0.0014-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
+
 train K10-fitv2-seed0 20000 --model FiTv2-Ti --class-groups 10 --seed 0
 report groups10-fit0-10000 K10-fitv2-seed0 10000 stages --cfg-stage1 1.25 1.5 2 2.5 --steps 40
 report groups10-fit0-1250 K10-fitv2-seed0 1250 stages --cfg-stage1 2 3 4 6 --steps 40
 report groups10-fit0-20000 K10-fitv2-seed0 20000 stages --cfg-stage1 1.25 1.5 2 --steps 40
 report groups10-fit0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 2.5 3 --steps 40
 report groups10-fit0-5000 K10-fitv2-seed0 5000 stages --cfg-stage1 1.25 1.5 2 --steps 40
+report groups10-fitv2-0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 report steps20-fit0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 
 report steps27-fit0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 2.5 --steps 27
 report steps60-fit0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1  --steps 60
@@ -397,3 +391,11 @@ report groups10-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1 1.5 2 2.
 report stages3-lem2-2500 K10-same-seed2 2500 stages --cfg 1.5 2 2.5 --cfg-stage1 1.5 2 2.5 3 4
 report steps40-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1 --cfg-stage1  --steps 40
 report steps60-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1 --cfg-stage1  --steps 60
+
+train cifar-K10-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 10 --seed 0 --data cifar10/train --image-size 16 --patch-size 4
+report cifar-groups10-fitv2-0-10000 cifar-K10-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
+report cifar-groups10-fitv2-0-2500 cifar-K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
+
+# Of these only the logs are used.
+train K1-half-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.5
+train K1-eighth-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.125
