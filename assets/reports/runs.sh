@@ -139,6 +139,7 @@ train cifar-K1-fitv2-seed1 10000 --model FiTv2-Ti --class-groups 1 --seed 1 --da
 report cifar-groups1-fitv2-1-10000 cifar-K1-fitv2-seed1 10000 stages --cfg-stage1 1.5 2 3 4 --steps 40
 report cifar-groups1-fitv2-1-2500 cifar-K1-fitv2-seed1 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
 report cifar-groups1-fitv2-1-5000 cifar-K1-fitv2-seed1 5000 stages --cfg-stage1 1.5 2 3 4 --steps 40
+report steps60-cifar-groups1-fitv2-1-10000 cifar-K1-fitv2-seed1 10000 stages --cfg-stage1 1.5 2 3 4 --steps 60
 
 train K2-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 2 --seed 0
 report groups2-fit0-10000-wide K2-fitv2-seed0 10000 stages --cfg-stage1 1.25 1.5 --steps 40
