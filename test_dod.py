@@ -21,6 +21,7 @@ import zipfile
 from argparse import Namespace
 from dataclasses import asdict, replace
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -442,10 +443,16 @@ def work(name: str, argv: tuple, environment: dict) -> None:
     sys.exit(run(sys.modules[name], *argv))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """Starts what launch() forks its processes from: it imports this file in the background."""
+    forkserver.set_forkserver_preload(["test_dod"])
+    forkserver.ensure_running()
+
+
 def launch(module, *argv, ranks: int = 1) -> list:
     """Starts a script in processes of their own, with the variables that torchrun sets."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["test_dod"])  # imported once, for all processes
     network = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(get_free_port())}
     processes = []
     for rank in range(ranks):
@@ -1103,7 +1110,7 @@ def test_the_grid_is_fair_and_a_path_leads_from_noise_to_sample(ckpt, tmp_path, 
     ("sample --classes a", "class 'a' is unknown"),
     ("sample --prior a.png --stages 2", "given priors take one stage"),
     ("sample --vae vae", "another scale or shift than"),
-    ("sample --ckpt one.pt --npz a.npz --cfg-stage1 2", "nothing to guide by"),
+    ("sample --ckpt one.pt --number 9 --npz a.npz --cfg-stage1 2", "nothing to guide by"),
     ("sample --ckpt code.pt", "code.pt is no checkpoint"),
     ("sample --stages 1 --cfg 2", "--cfg-stage1 guides stage 1"),
     ("sample --out data/a/0.png", "data/a/0.png exists"),
