@@ -228,6 +228,7 @@ report groups10-fit0-1250 K10-fitv2-seed0 1250 stages --cfg-stage1 2 3 4 6 --ste
 report groups10-fit0-20000 K10-fitv2-seed0 20000 stages --cfg-stage1 1.25 1.5 2 --steps 40
 report groups10-fit0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 2.5 3 --steps 40
 report groups10-fit0-5000 K10-fitv2-seed0 5000 stages --cfg-stage1 1.25 1.5 2 --steps 40
+report groups10-fitv2-0-10000 K10-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 report groups10-fitv2-0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 report steps20-fit0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 
 report steps27-fit0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 2.5 --steps 27
