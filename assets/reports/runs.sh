@@ -57,8 +57,9 @@ report groups2-quarter1-2500 K2-quarter-seed1 2500 stages --stages 2 --cfg 1 1.5
 train K2-quarter-seed2 2500 --class-groups 2 --seed 2 --lem-lr-factor 0.25
 report groups2-quarter2-2500 K2-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 
-train K10-quarter-seed0 10000 --class-groups 10 --seed 0 --lem-lr-factor 0.25
+train K10-quarter-seed0 20000 --class-groups 10 --seed 0 --lem-lr-factor 0.25
 report groups10-quarter0-10000 K10-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
+report groups10-quarter0-20000 K10-quarter-seed0 20000 stages --stages 2 --cfg 1 2 3 4 6 --cfg-stage1 1.5 2
 report groups10-quarter0-2500 K10-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 report groups10-quarter0-5000 K10-quarter-seed0 5000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 
