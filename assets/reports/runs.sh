@@ -125,6 +125,7 @@ train K1-same-seed1 10000 --class-groups 1 --seed 1 --lem-lr-factor 1
 report groups1-lem1-10000-wide K1-same-seed1 10000 stages --stages 2 --cfg 8 11 15
 report groups1-lem1-10000 K1-same-seed1 10000 stages --stages 2 --cfg 1 2 3 4 5 6 8
 report groups1-lem1-2500 K1-same-seed1 2500 stages --stages 2 --cfg 1 2 3 4 5 6 8
+report groups1-same1-2500 K1-same-seed1 2500 stages --stages 2 --cfg 1 3 4 6 8 --cfg-stage1 1.5 2 3 4
 
 train K1-same-seed2 10000 --class-groups 1 --seed 2 --lem-lr-factor 1
 report groups1-lem2-10000 K1-same-seed2 10000 stages --stages 2 --cfg 1 2 3 4 5 6 8 11
