@@ -25,6 +25,7 @@ report() {
 
 train K1-quarter-n1-seed1 10000 --class-groups 1 --seed 1 --lem-lr-factor 0.25 --latent-tokens 1
 report groups1-quarter-n1-1-10000 K1-quarter-n1-seed1 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+report groups1-quarter-n1-1-2500 K1-quarter-n1-seed1 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 1.5 2 3 4
 
 train K1-quarter-seed0 2500 --class-groups 1 --seed 0 --lem-lr-factor 0.25
 report groups1-quarter0-2500 K1-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6
