@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 78 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 80 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits, except for --prior-from: those had no
 # MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -76,6 +76,9 @@ report cifar-groups10-quarter0-2500 cifar-K10-quarter-seed0 2500 stages --stages
 report probe-cifar-quarter0-10000 cifar-K10-quarter-seed0 10000 probe
 report reconstruct-cifar-quarter0-10000 cifar-K10-quarter-seed0 10000 reconstruct --cfg 1 1.5 2 3 4 6
 
+train K10-half-seed0 2500 --class-groups 10 --seed 0 --lem-lr-factor 0.5
+report groups10-half0-2500 K10-half-seed0 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4
+
 train K1-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 1 --seed 0
 report groups1-fit0-10000 K1-fitv2-seed0 10000 stages --steps 40
 report groups1-fit0-2500 K1-fitv2-seed0 2500 stages --steps 40
@@ -117,6 +120,9 @@ report groups1-patches1-2500 K1-patches-seed1 2500 stages --stages 2 --cfg 1 1.5
 
 train K1-patches-seed2 2500 --class-groups 1 --seed 2 --lem-lr-factor 1 --prior-from patches
 report groups1-patches2-2500 K1-patches-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3
+
+train K1-same-lr0.0014-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 1 --lr 0.0014
+report groups1-lr0.0014-1-2500 K1-same-lr0.0014-seed1 2500 stages --stages 2 --cfg 1 3 4 6 --cfg-stage1 1.5 2 3 4
 
 train K1-same-seed0 10000 --class-groups 1 --seed 0 --lem-lr-factor 1
 report groups1-lem0-10000 K1-same-seed0 10000 stages --stages 2 --cfg 1 2 3 4 5 6 8
