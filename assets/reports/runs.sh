@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 80 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 81 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits, except for --prior-from: those had no
 # MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -120,6 +120,9 @@ report groups1-patches1-2500 K1-patches-seed1 2500 stages --stages 2 --cfg 1 1.5
 
 train K1-patches-seed2 2500 --class-groups 1 --seed 2 --lem-lr-factor 1 --prior-from patches
 report groups1-patches2-2500 K1-patches-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3
+
+train K1-same-lr0.0007-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 1 --lr 0.0007
+report groups1-lr0.0007-1-2500 K1-same-lr0.0007-seed1 2500 stages --stages 2 --cfg 1 3 4 6 --cfg-stage1 1.5 2 3 4
 
 train K1-same-lr0.0014-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 1 --lr 0.0014
 report groups1-lr0.0014-1-2500 K1-same-lr0.0014-seed1 2500 stages --stages 2 --cfg 1 3 4 6 --cfg-stage1 1.5 2 3 4
