@@ -50,12 +50,15 @@ report cifar-groups1-quarter1-2500 cifar-K1-quarter-seed1 2500 stages --stages 2
 report cifar-groups1-quarter1-5000 cifar-K1-quarter-seed1 5000 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 
 train K2-quarter-seed0 2500 --class-groups 2 --seed 0 --lem-lr-factor 0.25
+report groups2-quarter0-2500-wide K2-quarter-seed0 2500 stages --stages 2 --cfg  --cfg-stage1 8 11
 report groups2-quarter0-2500 K2-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 
 train K2-quarter-seed1 2500 --class-groups 2 --seed 1 --lem-lr-factor 0.25
+report groups2-quarter1-2500-wide K2-quarter-seed1 2500 stages --stages 2 --cfg  --cfg-stage1 8 11
 report groups2-quarter1-2500 K2-quarter-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 
 train K2-quarter-seed2 2500 --class-groups 2 --seed 2 --lem-lr-factor 0.25
+report groups2-quarter2-2500-wide K2-quarter-seed2 2500 stages --stages 2 --cfg  --cfg-stage1 8 11
 report groups2-quarter2-2500 K2-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 
 train K10-quarter-seed0 20000 --class-groups 10 --seed 0 --lem-lr-factor 0.25
