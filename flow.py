@@ -286,7 +286,7 @@ def main() -> None:
     f = mixture_velocity(centres, sigma=0.1)
     generator = torch.Generator().manual_seed(0)
     x1 = torch.randn(512, 2, dtype=torch.float64, generator=generator)
-    exact, _ = dopri5(f, x1, rtol=1e-10, atol=1e-10)
+    exact, _ = dopri5(f, x1, rtol=1e-12, atol=1e-12)
 
     # Left: 100 of the points on their way, recorded before each of 100 Euler steps.
     visited = []
