@@ -562,7 +562,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name, in each rank another one; what is written there takes the place of
     `path`, whole or never. Raises UserError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".dod{os.environ.get('RANK', 0)}-{path.name}")
+    temporary = path.with_name(f".dod{rank_and_world_size()[0]}-{path.name}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
