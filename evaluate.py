@@ -281,11 +281,11 @@ def take_images(data: Labelled, count: int, start: int = 0) -> tuple[torch.Tenso
 
 
 def open_images(path: Path) -> tuple[list[Path] | np.ndarray, dict[str, np.ndarray]]:
-    """A folder of images, or an .npz like guided-diffusion's -> what read_images reads, and moments
-    that an .npz may have: mu, sigma, mu_s, sigma_s. Raises UserError that names the fault."""
+    """A folder of images, hidden ones apart, or an .npz like guided-diffusion's -> what read_images
+    reads, and an .npz's moments, if any: mu, sigma, mu_s, sigma_s. UserError names the fault."""
     moments = {}
     if path.is_dir():
-        files = path.rglob("[!.]*")  # those that are not hidden
+        files = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path)}")
         items = sorted(file for file in files if file.suffix.lower() in IMG_EXTENSIONS)
     else:
         try:
@@ -631,7 +631,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--cfg-stage1", **scales, default=[1.5, 2, 3, 4], help="class guidance")
         if function == probe:
             add("--num", type=bounded(int, 4), default=10_000, help="images of each set")
-            add("--cache", help="folder for their latents; default: they are encoded each time")
+            add("--cache", help="folder of their latents by this --vae; default: none is used")
         if function == samples:
             add("--ref", required=True, help="folder of images or .npz")
             add("--samples", required=True, help="folder of images or .npz")

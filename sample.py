@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -140,7 +140,7 @@ def sample_stage(
     return dopri5(velocity, z1)
 
 
-# ------------------------------------------------------------------------- what the command draws
+# --------------------------------------------------------- the command: what it draws, its flags
 
 
 def main() -> None:
@@ -236,13 +236,12 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
             raise UserError(f"--prior-data {args.prior_data} has other classes than {args.ckpt}")
         order = shuffled_order(len(files))[: args.number]
         y = [labels[i] for i in order]
-        w = args.w[-1:]  # one stage, with a prior
     else:
-        w = args.w
         # CHOICE: the classes are random, as with SiT, FiTv2, DiT and ADM. The same number of each
         # class probably gives a lower FID.
         rngs = [np.random.default_rng((args.seed, LABEL_STREAM, n)) for n in range(args.number)]
         y = [args.classes[rng.integers(len(args.classes))] for rng in rngs]
+    w = args.w[-1:] if args.prior_data else args.w  # given priors take one stage
     pictures = [f"{n:06}-{k}.png" for n, k in enumerate(y)]
 
     rank, ranks = rank_and_world_size()
@@ -256,9 +255,8 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
 
     def save(images: Tensor, where: Path, chunk: range) -> None:
         where.mkdir(parents=True, exist_ok=True)
-        images = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # grey becomes RGB
-        for n, image in zip(chunk, images.cpu().numpy(), strict=True):
-            Image.fromarray(image).save(where / pictures[n], compress_level=1)
+        for n, image in zip(chunk, images.cpu().expand(-1, 3, -1, -1), strict=True):  # RGB
+            to_pil_image(image).save(where / pictures[n], compress_level=1)
 
     side = checkpoint["image_size"]
     prior = None
@@ -286,8 +284,6 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
             np.savez(temporary, arr_0=images, arr_1=np.array(y))
         print(f"wrote {len(y)} images to {args.npz} and {folder}")
 
-
-# ------------------------------------------------------------------------------------------- flags
 
 # Defaults are shown in --help, and flags may not be abbreviated.
 show_defaults = argparse.ArgumentDefaultsHelpFormatter
@@ -442,26 +438,12 @@ class Codec:
     256 x 256 x 3 <-> 32 x 32 x 4. Without a VAE the latent is the image itself, in [-1, 1].
     CHOICE: the VAE is ft-EMA's (README), and training takes samples, as SiT does."""
 
-    def __init__(self, name: str = "none", device: torch.device | str = "cpu"):
-        """name: "none", a folder, or a name on the hub. Raises UserError without a whole VAE."""
+    def __init__(self, name: str = "none", vae: nn.Module | None = None):
         self.name = name
-        self.vae = None
-        self.scale = 1.0  # latents are multiplied with it,
-        self.shift = 0.0  # after this has been subtracted
-        if name == "none":
-            return
-        from diffusers import AutoencoderKL
-
-        options = {"low_cpu_mem_usage": False, "output_loading_info": True}
-        try:
-            vae, found = AutoencoderKL.from_pretrained(name, **options)
-        except OSError as error:
-            raise UserError(f"--vae {name} is no folder, nor found on the hub ({error})") from None
-        if found["missing_keys"]:
-            raise UserError(f"--vae {name} lacks weights, such as {found['missing_keys'][0]}")
-        self.scale = float(vae.config.scaling_factor)  # 0.18215 for the VAE of the paper
-        self.shift = float(vae.config.get("shift_factor") or 0)
-        self.vae = vae.to(device).eval().requires_grad_(False)
+        self.vae = vae
+        # What the VAE encodes is multiplied with `scale`, after `shift` has been subtracted.
+        self.scale = float(vae.config.scaling_factor) if vae else 1.0  # 0.18215 for the paper's VAE
+        self.shift = float(vae.config.get("shift_factor") or 0) if vae else 0.0
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int]:
         """Channels and side of the latents of square images. UserError if they do not fit."""
@@ -473,26 +455,24 @@ class Codec:
         return self.vae.config.latent_channels, size // factor
 
     @torch.no_grad()
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, uint8 (B, channels, height, width), or cached moments (B, 2, C, H, W) -> mean and
-        deviation, both (B, C, H, W), of the latent's distribution given the image, in fp32."""
+    def moments(self, images: Tensor) -> Tensor:
+        """Images, uint8 (B, channels, height, width), or their moments from a cache -> (B, 2, C, H,
+        W), mean and deviation of the latent's distribution given the image, in fp32."""
         if images.dtype != torch.uint8:
-            return images.unbind(1)
+            return images
         if self.vae is None:  # an image has exactly one latent
             mean = images.float() / 127.5 - 1
-            return mean, torch.zeros_like(mean)
-        means = []
-        stds = []
+            return torch.stack([mean, torch.zeros_like(mean)], dim=1)
+        moments = []
         for part in images.split(32):  # encoding takes much memory
             posterior = self.vae.encode(part.to(self.vae.device) / 127.5 - 1).latent_dist
-            means.append(posterior.mean)
-            stds.append(posterior.std)
+            moments.append(torch.stack([posterior.mean - self.shift, posterior.std], dim=1))
         # The scaling factor brings latents to a standard deviation near 1, that of the noise.
-        return self.scale * (torch.cat(means) - self.shift), self.scale * torch.cat(stds)
+        return self.scale * torch.cat(moments)
 
     def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
         """The mean, or with standard normal eps (B, C, H, W) a sample of that distribution."""
-        mean, std = self.moments(images)
+        mean, std = self.moments(images).unbind(1)
         return mean if eps is None else mean + std * eps
 
     @torch.no_grad()
@@ -511,9 +491,21 @@ class Codec:
 
 
 def load_codec(name: str, device: torch.device | str = "cpu", trained: dict | None = None) -> Codec:
-    """The codec that --vae names, or the checkpoint `trained`, whose VAE may have moved to another
-    place. Raises UserError if its scale or shift is another than the checkpoint's."""
-    codec = Codec(name, device)
+    """The codec that --vae names: "none", a folder, or a name on the hub. UserError if a VAE is not
+    whole, or has another scale or shift than the checkpoint `trained`, whose VAE may have moved."""
+    vae = None
+    if name != "none":
+        from diffusers import AutoencoderKL
+
+        options = {"low_cpu_mem_usage": False, "output_loading_info": True}
+        try:
+            vae, found = AutoencoderKL.from_pretrained(name, **options)
+        except OSError as error:
+            raise UserError(f"--vae {name} is no folder, nor found on the hub ({error})") from None
+        if found["missing_keys"]:
+            raise UserError(f"--vae {name} lacks weights, such as {found['missing_keys'][0]}")
+        vae = vae.to(device).eval().requires_grad_(False)
+    codec = Codec(name, vae)
     if trained and (codec.scale, codec.shift) != (trained["scale"], trained["shift"]):
         raise UserError(f"--vae {name} has another scale or shift than the VAE of the checkpoint")
     return codec
@@ -535,6 +527,14 @@ def load_checkpoint(path: Path | str) -> dict:
     if version != "dod-4":
         raise UserError(f"{path} has the format {version} of another version; here it is dod-4")
     return checkpoint
+
+
+def save_checkpoint(path: Path, facts: dict, step: int, modules: dict) -> None:
+    """Writes a checkpoint, whole or not at all. modules: ema and, for resuming, model, optimizer.
+    Raises UserError if the disk is full."""
+    states = {name: module.state_dict() for name, module in modules.items()}
+    with replacing(path) as temporary:
+        torch.save({"format": "dod-4", "step": step, **facts, **states}, temporary)
 
 
 def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> FiTv2 | DoD:
@@ -631,7 +631,7 @@ def run_command(main: Callable[[], None]) -> None:
         # A loader's worker sends its error as text, with the traceback before it.
         message = str(error).rpartition("UserError: ")[2]
     except (MemoryError, torch.OutOfMemoryError) as error:
-        message = f"out of memory; lower --batch-size, or use more GPUs ({error})"
+        message = f"out of memory; a lower --batch-size, if there is one, may help ({error})"
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)  # like argparse, for a mistake of the user
 

@@ -4,12 +4,10 @@ The expected values are exact where they can be: closed forms, identities, SciPy
 modules. Tests are named after what the paper says.
 """
 
-import copy
 import gc
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -19,9 +17,10 @@ import sys
 import time
 import zipfile
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import active_children, forkserver, get_context
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -60,7 +59,12 @@ SET = ["--device", "cpu", "--steps", 2, "--seed", 7, "--batch-size", 4]
 # Threads do not help small models, and disturb each other on a busy machine.
 torch.set_num_threads(1)  # in this process
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
-HALF = torch.tensor([0, 3, 4])  # `with_prior` if three images of batch() keep theirs
+# A batch: data and noise (6, 3, 8, 8), classes and times (6,).
+GENERATOR = torch.Generator().manual_seed(0)
+X0, X1 = torch.randn(2, 6, 3, 8, 8, generator=GENERATOR)
+Y = torch.arange(6) % 5
+TIMES = torch.rand(6, generator=GENERATOR)
+HALF = torch.tensor([0, 3, 4])  # `with_prior` if three of its images keep theirs
 TRAINING, HELD_OUT, _ = train.load_data("letters", 16, 1, 0.1)
 PIXELS = sample.Codec()  # without a VAE: the latent is the image itself
 PLOT = Mock()  # stands in for train.plot_log, which takes a third of a second
@@ -73,13 +77,6 @@ def awake(config: Config = TINY) -> DoD:
     for p in dod.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return dod.eval()
-
-
-def batch(n: int = 6):
-    """-> data x0 and noise x1 (n, 3, 8, 8), classes y (n,), times t (n,)."""
-    generator = torch.Generator().manual_seed(0)
-    x0, x1 = torch.randn(2, n, 3, 8, 8, generator=generator)
-    return x0, x1, torch.arange(n) % 5, torch.rand(n, generator=generator)
 
 
 def close(a, b, tolerance: float = 1e-5) -> bool:
@@ -95,45 +92,39 @@ def test_eq1_the_path_joins_data_and_noise_at_constant_velocity():
     point = flow.interpolate(*torch.tensor([[2.0], [-1.0], [0.25]]))
     assert point.item() == 1.25 and flow.guide(v_c=2.0, v_u=1.0, w=3.0) == 4
 
-    x0, x1, _, t = batch()
-    assert torch.equal(flow.interpolate(x0, x1, torch.zeros(6)), x0)
-
-    # From any time t to t + 1/4 an image moves by a quarter of x_1 - x_0.
-    moved = flow.interpolate(x0, x1, t + 0.25) - flow.interpolate(x0, x1, t)
-    assert close(4 * moved, x1 - x0)
+    # From any time t to t + 1/4 an image moves by a quarter of x_1 - x_0; at t = 0 it is x_0.
+    assert torch.equal(flow.interpolate(X0, X1, torch.zeros(6)), X0)
+    moved = flow.interpolate(X0, X1, TIMES + 0.25) - flow.interpolate(X0, X1, TIMES)
+    assert close(4 * moved, X1 - X0)
 
 
 @pytest.mark.parametrize("with_prior", [HALF[:0], HALF, torch.arange(6)], ids=len)
 def test_eq3_each_image_sees_its_own_prior_or_the_sample_token(with_prior):
     dod = awake()
-    x0, x1, y, t = batch()
-    loss = flow.rectified_flow_loss(dod, x0, y, x1, t, with_prior)
+    loss = flow.rectified_flow_loss(dod, X0, Y, X1, TIMES, with_prior)
 
     # The model alone, on one image after another.
     alone = []
     for i in range(6):
-        one = slice(i, i + 1)
-        e_s = dod.visual_prior(x0[one]) if i in with_prior else None
-        v = dod(flow.interpolate(x0[one], x1[one], t[one]), t[one], y[one], e_s)
-        alone.append((x1[one] - x0[one] - v).square().mean())
+        e_s = dod.visual_prior(X0[[i]]) if i in with_prior else None
+        v = dod(flow.interpolate(X0[[i]], X1[[i]], TIMES[[i]]), TIMES[[i]], Y[[i]], e_s)
+        alone.append((X1[[i]] - X0[[i]] - v).square().mean())
     assert close(loss, torch.stack(alone))
 
     # Gradients, of every part of the backbone and of LEM.
     gradients = partial(torch.autograd.grad, inputs=[*dod.parameters()], materialize_grads=True)
-    for ours, theirs in zip(gradients(loss.sum()), gradients(sum(alone)), strict=True):
-        assert close(ours, theirs, 1e-4)
+    torch.testing.assert_close(gradients(loss.sum()), gradients(sum(alone)), rtol=1e-4, atol=1e-4)
 
 
 def test_eq3_under_autocast_the_residual_stream_and_the_loss_stay_fp32():
     dod = awake()
-    x0, x1, y, t = batch()
     streams = []
     for block in (*dod.lem.encoder, *dod.lem.decoder, *dod.blocks):
         block.register_forward_pre_hook(lambda block, inputs: streams.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = flow.rectified_flow_loss(dod, x0, y, x1, t, HALF)
+        loss = flow.rectified_flow_loss(dod, X0, Y, X1, TIMES, HALF)
     assert [*streams, loss.dtype] == [torch.float32] * 5
-    assert close(loss, flow.rectified_flow_loss(dod, x0, y, x1, t, HALF), 0.05)
+    assert close(loss, flow.rectified_flow_loss(dod, X0, Y, X1, TIMES, HALF), 0.05)
 
     # AdaLN adds 1 to a scale that bf16 would round away.
     scale = torch.tensor(0.0035, dtype=torch.bfloat16)
@@ -157,40 +148,34 @@ def test_section_3_3_exactly_p_s_of_a_batch_and_of_each_share_lose_their_prior(p
 
 
 def test_eq2_and_eq4_euler_is_exact_on_straight_paths_and_counts_its_evaluations():
-    x0, x1, _, _ = batch()
-    times = []
-
-    def straight(x, t, rows):
-        times.append(t)
-        return (x1 - x0)[rows]
+    straight = Mock(side_effect=lambda x, t, rows: (X1 - X0)[rows])
 
     # Eq. 4's times tau are uniform, from 1 down to 1 / 10, and the same for all images.
-    found, nfe = flow.euler(straight, x1, 10)
-    assert close(found, x0)
+    found, nfe = flow.euler(straight, X1, 10)
+    assert close(found, X0)
     assert nfe.tolist() == [10] * 6
-    assert close(torch.stack(times, dim=1), torch.arange(10, 0, -1).expand(6, 10) / 10)
+    times = torch.stack([call.args[1] for call in straight.mock_calls], dim=1)
+    assert close(times, torch.arange(10, 0, -1).expand(6, 10) / 10)
 
     # Each step starts where the last one ended: of dx/dt = x, it takes a tenth of what is left.
-    assert close(flow.euler(lambda x, t, rows: x, x1, 10)[0], x1 * 0.9**10)
-    for wrong in (partial(flow.euler, straight, x1, 0), partial(flow.guide, x0, x1, 0.99)):
+    assert close(flow.euler(lambda x, t, rows: x, X1, 10)[0], X1 * 0.9**10)
+    for wrong in (partial(flow.euler, straight, X1, 0), partial(flow.guide, X0, X1, 0.99)):
         with pytest.raises(ValueError, match="at least 1"):
             wrong()
 
 
 def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
-    def oscillator(x, t, rows):
-        """dx/dt = A x + sin(5 t): smooth, and stiffer in some images (rows) than in others."""
-        A = torch.tensor([[0.0, 3.0], [-3.0, -0.5]], dtype=x.dtype)
-        return (x @ A.T + torch.sin(5 * t)[:, None]) * (1 + rows[:, None] / 4)
-
-    def jolt(x, t, rows):
-        """Stands still down to t = 0.5, then decays fast: steps are rejected."""
-        return 60 * x * torch.sigmoid(300 * (0.5 - t))[:, None]
-
-    def crawl(x, t, rows):
-        """So slow that a first step could leave [0, 1], and not finite below t = 0."""
-        return x * t.sqrt()[:, None] / 1000
-
+    A = torch.tensor([[0.0, 3.0], [-3.0, -0.5]], dtype=torch.float64)
+    velocities = [
+        # dx/dt = A x + sin(5 t): smooth, and stiffer in some images (rows) than in others.
+        lambda x, t, rows: (x @ A.T + torch.sin(5 * t)[:, None]) * (1 + rows[:, None] / 4),
+        # Stands still down to t = 0.5, then decays fast: steps are rejected.
+        lambda x, t, rows: 60 * x * torch.sigmoid(300 * (0.5 - t))[:, None],
+        # So slow that a first step could leave [0, 1], and not finite below t = 0.
+        lambda x, t, rows: x * t.sqrt()[:, None] / 1000,
+        # Its own input, here the noise itself, which must not change.
+        lambda x, t, rows: x,
+    ]
     x1 = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x1[3] = 0  # takes another branch of Hairer's first step
     noise = x1.clone()
@@ -199,8 +184,7 @@ def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
     def scipy_f(t, x, f, i):
         return f(torch.tensor(x)[None], torch.tensor([t]), torch.tensor([i]))[0].numpy()
 
-    # The last velocity is its own input, here the noise itself, which must not change.
-    for f in (oscillator, jolt, crawl, lambda x, t, rows: x):
+    for f in velocities:
         x0, nfe = flow.dopri5(f, x1)
         assert torch.equal(x1, noise)
         for i in range(8):
@@ -221,45 +205,49 @@ def test_eq4_rk45_equals_scipy_for_each_image_in_result_and_evaluations():
 @pytest.mark.parametrize("stage", [1, 2])
 def test_eq5_first_stage_uses_the_sample_token_and_later_ones_a_prior_for_each_token(stage):
     dod = awake()
-    x0, x_t, y, t = batch()
 
     # Time enters unscaled, as cosines and then sines. S is alike for all tokens.
-    angle = t[:, None] * 10000.0 ** (-torch.arange(128) / 128)
+    angle = TIMES[:, None] * 10000.0 ** (-torch.arange(128) / 128)
     e_t = dod.time.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
-    prior = dod.visual_prior(x0) if stage == 2 else None
-    e_s = dod.prior_mlp(dod.lem(x0)) if stage == 2 else dod.S.expand(6, 16, -1)
+    prior = dod.visual_prior(X0) if stage == 2 else None
+    e_s = dod.prior_mlp(dod.lem(X0)) if stage == 2 else dod.S.expand(6, 16, -1)
     assert {type(dod.time.mlp[1]), type(dod.prior_mlp[1])} == {torch.nn.SiLU}
-    silu_c = F.silu((dod.label.weight[y] + e_t)[:, None] + e_s)
+    silu_c = F.silu((dod.label.weight[Y] + e_t)[:, None] + e_s)
 
     # All that c does, it does through the modulations: W^g c, each block's own, the last layer's.
-    x = dod.patch_embed(lem.patchify(x_t, 2))
+    x = dod.patch_embed(lem.patchify(X1, 2))
     for block in dod.blocks:
         x = block(x, silu_c, dod.W_g(silu_c), *model.rope_2d(16, 4))
     shift, scale = dod.final.adaln(silu_c).chunk(2, dim=-1)
     x = dod.final.linear(F.layer_norm(x, [32], eps=1e-6) * (1 + scale) + shift)
-    assert close(dod(x_t, t, y, prior), lem.unpatchify(x, 2))
+    assert close(dod(X1, TIMES, Y, prior), lem.unpatchify(x, 2))
 
     # FiTv2 has the same backbone and the condition e_c + e_t: that of a DoD with S = 0.
     plain = build_model(replace(TINY, N=0))
     assert type(plain) is FiTv2 and type(dod) is DoD
     plain.load_state_dict(dod.state_dict(), strict=False)
     dod.S.data.zero_()
-    assert torch.equal(plain(x_t, t, y), dod(x_t, t, y))
+    assert torch.equal(plain(X1, TIMES, Y), dod(X1, TIMES, Y))
     assert build_model(replace(TINY, num_classes=1)).null_class == 0  # with one, none is dropped
 
 
-def test_eq6_the_encoder_is_the_written_out_formula_with_vit_blocks():
+def test_eq6_and_eq7_lem_s_halves_are_the_written_out_formulas_with_vit_blocks():
     dod = awake(replace(TINY, heads=4, encoder_depth=3, decoder_depth=2))
     assert (len(dod.lem.encoder), len(dod.lem.decoder)) == (3, 2)
     assert [block.heads for block in (*dod.lem.encoder, *dod.lem.decoder)] == [2] * 5
-    x0, _, _, _ = batch()
 
     # L_hat = Enc((e_p + PE) ⊕ L), of which the latent tokens are kept.
-    e_p = dod.lem.patch_embed(lem.patchify(x0, 2))
+    e_p = dod.lem.patch_embed(lem.patchify(X0, 2))
     L = dod.lem.latent_tokens.expand(6, -1, -1)
     x = dod.lem.encoder(torch.cat([e_p + lem.sincos_2d(16, 4, 4), L], dim=1))
     l_hat = dod.lem.to_d_e(dod.lem.encoder_norm(x))[:, 16:]
-    assert close(dod.lem.encode(x0), l_hat)
+    assert close(dod.lem.encode(X0), l_hat)
+
+    # e_s = Dec((M + PE) ⊕ L_hat), of which the patches are kept.
+    M = dod.lem.mask_token.expand(6, 16, -1)
+    x = torch.cat([M + lem.sincos_2d(8, 4, 4), l_hat], dim=1)
+    x = dod.lem.decoder(dod.lem.from_d_e(x))
+    assert close(dod.lem(X0), dod.lem.head(dod.lem.decoder_norm(x))[:, :16])
 
     # The blocks are ViT's: PyTorch's pre-norm block is given our weights, in its own order.
     ours = dod.lem.encoder[0]
@@ -275,18 +263,6 @@ def test_eq6_the_encoder_is_the_written_out_formula_with_vit_blocks():
         row = i // 5 * w
         column = i % 5 * w
         assert close(pe, torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]))
-
-
-def test_eq7_the_decoder_is_the_written_out_formula():
-    dod = awake(replace(TINY, decoder_depth=2))
-    x0, _, _, _ = batch()
-    l_hat = dod.lem.encode(x0)
-
-    # e_s = Dec((M + PE) ⊕ L_hat), of which the patches are kept.
-    M = dod.lem.mask_token.expand(6, 16, -1)
-    x = torch.cat([M + lem.sincos_2d(8, 4, 4), l_hat], dim=1)
-    x = dod.lem.decoder(dod.lem.from_d_e(x))
-    assert close(dod.lem(x0), dod.lem.head(dod.lem.decoder_norm(x))[:, :16])
 
 
 def test_eq8_swiglu_is_the_written_out_formula():
@@ -371,45 +347,39 @@ def test_table4_compute_and_what_a_stage_really_runs(capsys):
     assert len(table) == 12 and table[:2] == [("24.6", "24.6"), ("26.5", "26.4")]
     assert all(0.8 * float(paper) < float(ours) <= float(paper) for paper, ours in table)
 
-    def measure(function, *inputs):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            function(*inputs)
-        return counter.get_flop_counts()["Global"][torch.ops.aten.addmm] / 2
-
     # A stage of two evaluations with c for each token, and one with c for each image.
-    def stage(x0, x_t, y, t):
-        e_s = dod.visual_prior(x0)
-        dod(x_t, t, y, e_s)
-        dod(x_t, t, y, e_s)
-        dod(x_t, t, y)
+    dod = awake()
+    with torch.no_grad(), FlopCounterMode(display=False) as stage:
+        e_s = dod.visual_prior(X0)
+        for prior in (e_s, e_s, None):
+            dod(X1, TIMES, Y, prior)
 
     # In training LEM runs only for the images that keep their prior (section 3.3).
-    dod = awake()
-    x0, x1, y, t = batch()
+    with torch.no_grad(), FlopCounterMode(display=False) as loss:
+        flow.rectified_flow_loss(dod, X0, Y, X1, TIMES, HALF)
     macs = model.count_macs(TINY)
-    assert measure(stage, x0, x1, y, t) == 6 * model.stage_macs(macs, per_token=2, per_image=1)
-    loss = partial(measure, flow.rectified_flow_loss, dod, x0, y, x1, t)
-    assert loss(HALF) == 3 * (macs["lem"] + macs["prior_mlp"]) + 6 * macs["e_s"]
+    expected = [6 * model.stage_macs(macs, per_token=2, per_image=1)]
+    expected += [3 * (macs["lem"] + macs["prior_mlp"]) + 6 * macs["e_s"]]
+    flops = [counter.get_flop_counts()["Global"] for counter in (stage, loss)]
+    assert [counts[torch.ops.aten.addmm] / 2 for counts in flops] == expected
 
 
 def test_section_1_patches_pass_everything_on_and_means_a_mean():
     # Patches are cut row by row, pixels before channels, and put back in their places.
     x = torch.randn(2, 3, 4, 6)
     assert torch.equal(lem.patchify(x, 2)[:, 5], x[:, :, 2:, 4:].permute(0, 2, 3, 1).flatten(1))
-    x0, _, _, _ = batch()
-    patches = lem.patchify(x0, 2)
-    assert torch.equal(lem.unpatchify(patches, 2), x0)
+    patches = lem.patchify(X0, 2)
+    assert torch.equal(lem.unpatchify(patches, 2), X0)
 
     # What LEM would return is a linear function of a token's own patch, or of its pixels' mean.
     means = patches.unflatten(-1, (4, 3)).mean(2)
     for prior_from, passed in (("patches", patches), ("means", means)):
         dod = awake(replace(TINY, prior_from=prior_from))
         e_l = passed @ dod.lem.embed.weight.T + dod.lem.embed.bias
-        assert close(dod.visual_prior(x0), dod.prior_mlp(e_l))
+        assert close(dod.visual_prior(X0), dod.prior_mlp(e_l))
 
 
-def test_the_demonstrations_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_demonstrations_run(monkeypatch, capsys):
     flow.main()
     lem.main()
 
@@ -443,6 +413,12 @@ def work(name: str, argv: tuple, environment: dict) -> None:
     sys.exit(run(sys.modules[name], *argv))
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch) -> None:
+    """Each test runs in a folder of its own, so that its paths can be relative."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def fork_server() -> None:
     """Starts what launch() forks its processes from: it imports this file in the background."""
@@ -452,7 +428,7 @@ def fork_server() -> None:
 
 def launch(module, *argv, ranks: int = 1) -> list:
     """Starts a script in processes of their own, with the variables that torchrun sets."""
-    server = multiprocessing.get_context("forkserver")
+    server = get_context("forkserver")
     network = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(get_free_port())}
     processes = []
     for rank in range(ranks):
@@ -491,12 +467,6 @@ def awaken(path: Path, out: Path, **changes) -> Path:
     saved |= {"config": asdict(config), "ema": awake(config).state_dict()}
     torch.save(saved, out)
     return out
-
-
-@pytest.fixture(scope="session")
-def ckpt(trained) -> Path:
-    """Its checkpoint with other weights, for six steps teach little, and a scale of its own."""
-    return awaken(trained / "ckpt.pt", trained.with_name("awake.pt"), w=3.0)
 
 
 @pytest.fixture(scope="session")
@@ -543,8 +513,10 @@ def test_section_4_1_one_batch_can_be_learned_by_heart():
     # The first loss is that of v = 0. Its gradient is clipped, and none is left over in step 2.
     torch.manual_seed(0)
     dod = build_model(TINY)
-    ema = copy.deepcopy(dod).requires_grad_(False)
-    x0, x1, y, t = batch(8)
+    ema = build_model(TINY).requires_grad_(False)
+    x0, x1 = torch.randn(2, 8, 3, 8, 8)
+    t = torch.rand(8)
+    y = torch.arange(8) % 5
     step = partial(train.training_step, dod, ema, with_prior=HALF)
     still = torch.optim.AdamW(dod.parameters(), 0.0, weight_decay=0)
     *found, norm = step(still, (100 * x0, 100 * x1, t, y), step=1)
@@ -602,8 +574,7 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     # What each step should have been given, put together by hand. Images are mirrored by default.
     images, held_out, _ = train.load_data(str(data), 8, 3, 0.25, 2)
     files = sorted(map(str, data.rglob("*.png")))
-    order = np.random.default_rng(0).permutation(20)
-    assert [*held_out.members, *images.members] == [files[i] for i in order]
+    assert held_out.members + images.members == [*np.random.default_rng(0).permutation(files)]
     assert (images.classes, images.original_classes) == (["a-c", "d-e"], [*"abcde"])
 
     def read(data, numbers, flips):
@@ -638,8 +609,7 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     x0, y = read(held_out, range(5), [False] * 5)
     x1, _, t, _ = train.draw_noise(4, 0, 5, config, torch.Generator())
     kept = flow.keeps_prior(5, 0.25)
-    rows = kept.nonzero().squeeze(1)
-    losses = flow.rectified_flow_loss(sample.load_model(saved), x0, y, x1, t, rows)
+    losses = flow.rectified_flow_loss(sample.load_model(saved), x0, y, x1, t, torch.where(kept)[0])
     expected = [losses.mean(), losses[kept].mean(), losses[~kept].mean()]
     keys = ("held_out_loss", "held_out_loss_prior", "held_out_loss_S")
     assert records_of(tmp_path / "out", *keys)[-1] == pytest.approx(torch.stack(expected).tolist())
@@ -660,7 +630,7 @@ def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, 
     flags += [str(out), "--resume"]
 
     def disturb(step, given):
-        for worker in multiprocessing.active_children():
+        for worker in active_children():
             worker.terminate()
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -673,8 +643,7 @@ def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, 
 
     # A kill or a full disk may have left the log ahead of the checkpoint, and damaged lines.
     log = out / "log.jsonl"
-    with open(log, "a") as file:
-        file.write('{"step": 5, "loss": 9}\n\0\0{"st\n3\n{"step": 3')
+    log.write_text(log.read_text() + '{"step": 5, "loss": 9}\n\0\0{"st\n3\n{"step": 3')
 
     # Processes are killed after training has begun.
     for delay in np.random.default_rng().uniform(0, 0.4, 2):
@@ -698,32 +667,30 @@ def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, 
     assert ends[0] == ends[1]
 
 
-def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae, tmp_path):
+def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae):
     # Two ranks, which encode a cache of 20 images together; their run would not end by itself.
-    flags = [*QUICK, "--data", folder(tmp_path / "data", 16), "--vae", vae, "--image-size", 16]
-    flags += ["--p-s", 0.25, "--log-every", 1, "--save-every", 10**6]
-    two = tmp_path / "two"
-    log = two / "log.jsonl"
-    more = ["--cache", tmp_path / "cache 2", "--steps", 10**6, "--out", two]
-    first, second = launch(train, *flags, *more, ranks=2)
+    flags = [*QUICK, "--data", folder(Path("data"), 16), "--vae", vae, "--image-size", 16]
+    flags += ["--p-s", 0.25, "--log-every", 1, "--save-every", 10**6, "--cache"]
+    log = Path("two/log.jsonl")
+    first, second = launch(train, *flags, "cache 2", "--steps", 10**6, "--out", "two", ranks=2)
     while first.is_alive() and not (log.exists() and log.read_text()):
         time.sleep(0.01)
     second.terminate()  # SIGTERM; both vote
     first.join(60)
     second.join(60)
     assert (first.exitcode, second.exitcode) == (130, 130)
-    step = sample.load_checkpoint(two / "ckpt.pt")["step"]
+    step = sample.load_checkpoint("two/ckpt.pt")["step"]
     assert step >= 10
 
     # One process, and then one that goes on with what the two have begun.
-    flags += ["--cache", tmp_path / "cache 1", "--steps", step + 1]
-    assert run(train, *flags, "--out", tmp_path / "one") == 0
-    assert run(train, *flags, "--resume", "--out", two) == 0
+    flags += ["cache 1", "--steps", step + 1, "--out"]
+    assert run(train, *flags, "one") == 0
+    assert run(train, *flags, "two", "--resume") == 0
 
     # The differences are those of rounding.
     keys = ("step", "loss", "loss_prior", "loss_S", "grad_norm", "lr", "held_out_loss_S")
-    expected = np.array(records_of(tmp_path / "one", *keys), float)
-    assert np.allclose(np.array(records_of(two, *keys), float), expected, rtol=0.01, equal_nan=True)
+    found, expected = (np.array(records_of(Path(out), *keys), float) for out in ("two", "one"))
+    assert np.allclose(found, expected, rtol=0.01, equal_nan=True)
 
 
 def test_nothing_bad_takes_the_place_of_a_checkpoint(monkeypatch, tmp_path, capfd):
@@ -749,7 +716,7 @@ def test_what_is_finished_is_saved_before_an_error_ends_a_run(workers, tmp_path,
     assert run(train, *flags, tmp_path / "a") == 2
     assert f"{file} is not a readable image" in capfd.readouterr().err
     assert sample.load_checkpoint(tmp_path / "a/ckpt.pt")["step"] == 1
-    assert not multiprocessing.active_children()
+    assert not active_children()
 
     # It is removed, and the run goes on; an error in the held-out loss comes after step 3 is saved.
     file.unlink()
@@ -765,20 +732,19 @@ def test_what_is_finished_is_saved_before_an_error_ends_a_run(workers, tmp_path,
     assert not (tmp_path / "b/ckpt.pt").exists()
 
 
-def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, monkeypatch):
+def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained):
     # Held-out images are looked at when a checkpoint is saved. FiTv2's log has no halves.
     keys = ("step", "held_out_loss", "loss_prior", "loss_S", "held_out_loss_prior")
     log = records_of(trained, *keys)
     assert [(record[0], record[1] is None) for record in log] == [(2, 1), (3, 0), (4, 1), (6, 0)]
-    assert run(train, *QUICK, "--latent-tokens", 0, "--steps", 2, "--out", tmp_path / "fit") == 0
-    assert records_of(tmp_path / "fit", *keys)[-1].count(None) == 3
-    assert PLOT.call_args.args == (tmp_path / "fit/log.jsonl", tmp_path / "fit/loss.png")
-    for out in (trained, tmp_path / "fit"):
-        train.plot_log(out / "log.jsonl", tmp_path / "loss.png")
-    assert sample.load_checkpoint(tmp_path / "fit/ckpt.pt")["step"] == 2  # the last, saved always
+    assert run(train, *QUICK, "--latent-tokens", 0, "--steps", 2, "--out", "fit") == 0
+    assert records_of(Path("fit"), *keys)[-1].count(None) == 3
+    assert PLOT.call_args.args == (Path("fit/log.jsonl"), Path("fit/loss.png"))
+    for out in (trained, Path("fit")):
+        train.plot_log(out / "log.jsonl", Path("loss.png"))
+    assert sample.load_checkpoint("fit/ckpt.pt")["step"] == 2  # the last, saved always
 
     # A milestone is sampled from like ckpt.pt. The image of the default name is replaced.
-    monkeypatch.chdir(tmp_path)
     grids = []
     for name in ("ema-0000003.pt", "ema-0000006.pt", "ckpt.pt"):
         assert run(sample, "--ckpt", trained / name, *SET, "--per-class", 1) == 0
@@ -799,11 +765,9 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained, tmp_path, mo
 def test_a_resumed_run_is_the_run_that_was_started(trained, monkeypatch, capfd):
     # Every flag on which the result depends is compared, and the VAE.
     monkeypatch.setattr(train, "build", lambda *given: (None, {}))
-    changes = """
-        image-size=12 channels=3 held-out=0.1 batch-size=16 lr=1 warmup=1 lem-lr-factor=0.7
-        p-s=0.25 flip seed=1 precision=bf16 ema-decay=0.5 patch-size=2 latent-tokens=4
-        prior-from=means class-groups=2
-    """
+    changes = "image-size=12 channels=3 held-out=0.1 batch-size=16 lr=1 warmup=1 lem-lr-factor=0.7"
+    changes += " p-s=0.25 flip seed=1 precision=bf16 ema-decay=0.5 patch-size=2 latent-tokens=4"
+    changes += " prior-from=means class-groups=2"
     for change in changes.split():
         assert run(train, *QUICK, "--out", trained, "--resume", f"--{change}") == 2, change
         assert "cannot resume" in capfd.readouterr().err, change
@@ -812,16 +776,15 @@ def test_a_resumed_run_is_the_run_that_was_started(trained, monkeypatch, capfd):
         train.resume(trained / "ckpt.pt", {}, saved | {"shift": 0.5})
 
 
-def test_nodes_must_share_the_folders_of_a_run(trained, colours, vae, tmp_path, capfd):
+def test_nodes_must_share_the_folders_of_a_run(trained, colours, vae, capfd):
     # Another rank finds nothing where this one finds a checkpoint, or a cache.
     def gather(answers, found):
         answers[:] = [found, type(found)()]
 
     ranks = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "barrier": Mock()}
-    cached = ["--data", colours / "data", "--vae", vae, "--image-size", 16, "--out", tmp_path]
-    cached += ["--cache", tmp_path / "cache"]
+    cached = ["--data", colours / "data", "--vae", vae, "--image-size", 16, "--cache", "latents"]
     with patch.multiple(torch.distributed, all_gather_object=gather, **ranks):
-        for flags, name in ([["--out", trained, "--resume"], trained], [cached, cached[-1]]):
+        for flags, name in (["--resume", "--out", trained], trained), (cached, "latents"):
             assert run(train, *QUICK, *flags) == 2
             assert f"the nodes do not share {name}; " in capfd.readouterr().err
 
@@ -840,23 +803,21 @@ def test_a_line_says_what_the_prior_is_worth_and_warns_of_a_dead_lem():
 
 def test_letters_are_a_function_of_their_number_and_held_out_ones_are_others():
     # A letter is training or held out, and drawn alike by anybody who asks for it.
-    numbers = [*TRAINING.members, *HELD_OUT.members]
-    assert sorted(numbers) == list(range(25_000)) and len(HELD_OUT) == 2500
-    assert len(train.load_data("letters", 16, 1, 0.5)[1]) == 5000
+    assert sorted(TRAINING.members + HELD_OUT.members) == list(range(25_000))
+    assert len(HELD_OUT) == 2500 and len(train.load_data("letters", 16, 1, 0.5)[1]) == 5000
     images = torch.stack([TRAINING[i, False][0] for i in range(200)])
     train.draw_letter.cache_clear()
     assert torch.equal(images[150], TRAINING[150, False][0])
 
 
-def test_images_are_cropped_as_adm_does_and_read_as_they_are_meant(tmp_path):
+def test_images_are_cropped_as_adm_does_and_read_as_they_are_meant():
     # guided-diffusion's center_crop_arr. The camera of the second half lay on its side.
     rng = np.random.default_rng(0)
-    path = tmp_path / "a.png"  # without loss
     for size, turned in ((256, 401), False), ((521, 188), False), ((99, 60), True):
         image = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
         exif = Image.Exif()
         exif[0x0112] = 6 if turned else 1  # orientation: turn by 90 degrees, clockwise
-        image.save(path, exif=exif)
+        image.save("a.png", exif=exif)  # without loss
         image = image.transpose(Image.ROTATE_270) if turned else image
         while min(*image.size) >= 2 * 64:
             image = image.resize(tuple(x // 2 for x in image.size), Image.BOX)
@@ -864,24 +825,24 @@ def test_images_are_cropped_as_adm_does_and_read_as_they_are_meant(tmp_path):
         image = image.resize(tuple(round(x * scale) for x in image.size), Image.BICUBIC)
         y, x = ((side - 64) // 2 for side in np.array(image).shape[:2])
         expected = np.array(image)[y : y + 64, x : x + 64]
-        assert np.array_equal(sample.open_image(path, 64, 3).permute(1, 2, 0), expected)
+        assert np.array_equal(sample.open_image("a.png", 64, 3).permute(1, 2, 0), expected)
 
     # Black ink on the left; what is transparent, on the right, is black as well.
     ink = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     ink.paste((0, 0, 0, 255), (0, 0, 4, 8))
-    ink.convert("P").save(path)
-    found = sample.open_image(path, 8, 3)
+    ink.convert("P").save("a.png")
+    found = sample.open_image("a.png", 8, 3)
     assert (found[..., :4] == 0).all() and (found[..., 4:] == 255).all()
 
     # 16-bit grey k is k / 257 in 8 bits. The range of floats is not known.
     grey = np.arange(64).reshape(8, 8) * 4
     for pixels in (257 * grey, 257 * grey + 256):  # the latter is just below the next grey
-        Image.fromarray(pixels.astype(np.uint16)).save(path)
-        assert np.array_equal(sample.open_image(path, 8, 1)[0], grey)
+        Image.fromarray(pixels.astype(np.uint16)).save("a.png")
+        assert np.array_equal(sample.open_image("a.png", 8, 1)[0], grey)
     for pixels in (np.ones((8, 8), np.float32), np.full((8, 8), 70_000, np.int32)):
-        Image.fromarray(pixels).save(tmp_path / "a.tif")
+        Image.fromarray(pixels).save("a.tif")
         with pytest.raises(UserError, match="a.tif has pixels of unknown range"):
-            sample.open_image(tmp_path / "a.tif", 8, 1)
+            sample.open_image("a.tif", 8, 1)
 
 
 def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tmp_path, capfd):
@@ -948,7 +909,7 @@ def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae, t
 @torch.no_grad()
 @pytest.mark.parametrize("given, w", [
     ({}, [1, 5.5, 5.5]),  # section 3.3: unguided in stage 1, then the model's own scale
-    ({"w": 4.0, "prior": batch(3)[0]}, [4, 4, 4]),
+    ({"w": 4.0, "prior": X0[:3]}, [4, 4, 4]),
     ({"w": [3.0, 1.0, 2.0]}, [3, 1, 2]),
     ({"w": 3.0}, [1, 3, 3]),
 ])  # fmt: skip
@@ -989,7 +950,7 @@ def test_an_image_is_a_function_of_seed_and_number(monkeypatch):
     monkeypatch.setattr(sample, "stage_noise", lambda *key: draw(*key).double())
     dod = awake().double()
     y = torch.arange(5)
-    prior = batch(5)[0].double()
+    prior = X0[:5].double()
     go = partial(sample.generate, dod, sampler=Sampler(seed=3))
     together, _ = go(y, prior=prior)
     last, _ = go(y[2:], prior=prior[2:], start=2, batch_size=2)
@@ -1020,8 +981,9 @@ def drawn(ckpt: Path, y, stages: int, w, codec=PIXELS, **given) -> np.ndarray:
     return codec.decode(samples[-1]).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
 
 
-def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(ckpt, tmp_path):
-    # Nine images in one process, and in two.
+def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(trained, tmp_path):
+    # Nine images in one process, and in two, of a model with a scale of its own.
+    ckpt = awaken(trained / "ckpt.pt", Path("awake.pt"), w=3.0)
     flags = ["--ckpt", ckpt, *SET, "--classes", "B,D,C", "--number"]
     images, y = set_of(tmp_path / "one.npz", *flags, 9)
     for process in launch(sample, *flags, 9, "--npz", tmp_path / "two.npz", ranks=2):
@@ -1054,14 +1016,14 @@ def test_fig4_real_images_are_priors_of_a_set(colours, tmp_path):
     assert abs(images - expected).max() <= 1
 
 
-def test_the_grid_is_fair_and_a_path_leads_from_noise_to_sample(ckpt, tmp_path, monkeypatch):
+def test_the_grid_is_fair_and_a_path_leads_from_noise_to_sample(trained, tmp_path, monkeypatch):
+    ckpt = awaken(trained / "ckpt.pt", Path("awake.pt"), w=3.0)
     grids = []
     monkeypatch.setattr(sample, "draw_grid", lambda *grid: grids.append(grid))
     flags = ["--ckpt", ckpt, *SET, "--classes", "C,A", "--per-class", 1]
     assert run(sample, *flags, "--stages", 3) == 0
-    _, blocks, _ = grids[0]
     expected = [(1, [1.0]), (1, [2.0]), (2, [1.0, 3.0]), (3, [1.0, 3.0, 3.0])]
-    for (label, images), (stages, w) in zip(blocks, expected, strict=True):
+    for (label, images), (stages, w) in zip(grids[0][1], expected, strict=True):
         assert f"w = {w[-1]:g}" in label
         assert np.array_equal(images.permute(0, 2, 3, 1), drawn(ckpt, [2, 0], stages, w)[..., :1])
 
@@ -1121,9 +1083,8 @@ def test_the_grid_is_fair_and_a_path_leads_from_noise_to_sample(ckpt, tmp_path, 
     ("evaluate samples --ref good.npz --samples few.npz", "few.npz has 3 images"),
     ("evaluate samples --ref good.npz --samples large.npz --paired", "of one size"),
 ])  # fmt: skip
-def test_mistakes_end_in_one_line(argv, words, trained, vae, tmp_path, monkeypatch, capfd):
+def test_mistakes_end_in_one_line(argv, words, trained, vae, capfd):
     # Images, also hidden ones; a finished run; a checkpoint with code, and one of other images.
-    monkeypatch.chdir(tmp_path)
     folder(Path("data"))
     shutil.copytree("data/a", "hidden/.a")
     Path("vae").symlink_to(vae)
@@ -1268,22 +1229,20 @@ def test_comparing_shuffles_for_the_is(monkeypatch):
 
 
 @pytest.fixture
-def letters_ckpt(tmp_path, monkeypatch) -> Path:
+def letters_ckpt() -> Iterator[Path]:
     """The shipped checkpoint, awakened. The classifier sees 300 images in 10 steps."""
     take = evaluate.take_images
     few = Mock(side_effect=lambda data, n, start=0: take(data, min(n, 300), start))
-    monkeypatch.setattr(evaluate, "take_images", few)
     quick = Mock(side_effect=partial(evaluate.train_classifier, steps=10))
-    monkeypatch.setattr(evaluate, "train_classifier", quick)
-    monkeypatch.setattr(evaluate, "SHIPPED", tmp_path / "none")
-    monkeypatch.chdir(tmp_path)
-    return awaken(sample.SHIPPED, tmp_path / "awake.pt")
+    with patch.multiple(evaluate, take_images=few, train_classifier=quick, SHIPPED=Path("none")):
+        yield awaken(sample.SHIPPED, Path("awake.pt"))
 
 
 def rows_of(command: str, *argv) -> list[dict]:
-    """Runs a command of evaluate.py -> the rows of its report."""
-    assert run(evaluate, command, *argv) == 0
-    return json.loads(Path(f"out/{command}.json").read_text())["rows"]
+    """Runs a command of evaluate.py, given as one types it -> the rows of its report."""
+    name, *flags = command.split()
+    assert run(evaluate, name, *flags, *argv) == 0
+    return json.loads(Path(f"out/{name}.json").read_text())["rows"]
 
 
 def test_the_classifier_is_the_same_bytes_each_time_and_kept(letters_ckpt):
@@ -1323,8 +1282,7 @@ def test_the_classifier_learns_under_noise_of_0_to_24_grey_levels():
 
 
 def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_ckpt):
-    flags = ["--num", 70, "--steps", 2, "--cfg", 1, 3, "--cfg-stage1", 2]
-    rows = rows_of("stages", "--ckpt", letters_ckpt, *flags)
+    rows = rows_of("stages --num 70 --steps 2 --cfg 1 3 --cfg-stage1 2 --ckpt", letters_ckpt)
 
     # Section 3.3: no guidance in stage 1, which is the same for all scales and so listed once.
     later = [("stage 2", 1), ("stage 3", 1), ("stage 2", 3), ("stage 3", 3)]
@@ -1370,10 +1328,9 @@ def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_
 ])  # fmt: skip
 def test_fig4_stages_of_merged_classes_and_of_fitv2(K, N, expected, letters_ckpt, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", Mock(wraps=sample.generate))
-    flags = ["--num", 70, "--steps", 1, "--cfg", 2, "--cfg-stage1", 3]
-    flags += ["--stages", 2] if N else []  # FiTv2 has stage 1 only
+    more = ["--stages", 2] if N else []  # FiTv2 has stage 1 only
     ckpt = awaken(letters_ckpt, Path("changed.pt"), num_classes=K, N=N)
-    rows = rows_of("stages", "--ckpt", ckpt, *flags)
+    rows = rows_of("stages --num 70 --steps 1 --cfg 2 --cfg-stage1 3 --ckpt", ckpt, *more)
     assert [row["what"] for row in rows[1:]] == expected
 
     # Class k belongs to the model's class k K // n, but the classifier knows all classes.
@@ -1383,8 +1340,7 @@ def test_fig4_stages_of_merged_classes_and_of_fitv2(K, N, expected, letters_ckpt
 
 
 def test_fig4_the_priors_of_reconstructions_are_the_held_out_images(letters_ckpt):
-    flags = ["--num", 70, "--steps", 4, "--cfg", 2, "--seed", 3]
-    _, row = rows_of("reconstruct", "--ckpt", letters_ckpt, *flags)
+    _, row = rows_of("reconstruct --num 70 --steps 4 --cfg 2 --seed 3 --ckpt", letters_ckpt)
     dod = sample.load_model(sample.load_checkpoint(letters_ckpt))
     images, y, _ = evaluate.take_images(HELD_OUT, 70)
     sampler = Sampler("euler", 4, seed=3)
@@ -1393,8 +1349,7 @@ def test_fig4_the_priors_of_reconstructions_are_the_held_out_images(letters_ckpt
         assert close(row[key], metric(images, PIXELS.decode(z0)).mean().item())
 
 
-def test_table2_the_probe_reads_images_or_the_cache_of_the_run(colours, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_table2_the_probe_reads_images_or_the_cache_of_the_run(colours, monkeypatch):
     seen = []
     monkeypatch.setattr(evaluate, "linear_probe", lambda *given: seen.append(given) or 0.5)
     for where in ([], ["--cache", colours / "cache"]):
@@ -1419,7 +1374,7 @@ def test_table2_the_probe_reads_images_or_the_cache_of_the_run(colours, tmp_path
     assert run(evaluate, "probe", "--ckpt", colours / "run/ckpt.pt", "--cache", "other") == 2
 
 
-def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right(tmp_path):
+def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right():
     home = Path(train.__file__).parent
     text = (home / "README.md").read_text()
     named = re.findall(r"(\w+\.py):(\d+) (\w+)", text)
@@ -1430,11 +1385,11 @@ def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right(tmp_p
 
     # The shell runs every block, with commands that only print themselves; two milestones exist.
     stubs = """set -eu; mkdir -p out/train; touch out/train/ema-0{1,2}00000.pt
-        pip() { :; }; srun() { shift 2; "$@"; }; scontrol() { echo node; }
+        pip() { :; }; srun() { shift 3; "$@"; }; scontrol() { echo node; }
         python() { echo python "$@"; }; torchrun() { echo torchrun "$@"; }
         SLURM_NNODES=1 SLURM_CPUS_ON_NODE=8 SLURM_JOB_ID=7 SLURM_JOB_NODELIST=node\n"""
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    printed = subprocess.check_output(["bash", "-c", stubs + blocks], cwd=tmp_path, text=True)
+    printed = subprocess.check_output(["bash", "-c", stubs + blocks], text=True)
     commands = re.findall(r"^.*?\b(train|sample|evaluate)\.py *(.*)", printed, re.MULTILINE)
     assert len(commands) > 12 and {name for name, _ in commands} == {"train", "sample", "evaluate"}
 
@@ -1442,8 +1397,8 @@ def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right(tmp_p
     for script, flags in commands:
         args = sys.modules[script].parse(flags.split())
         if getattr(args, "npz", None):
-            assert not (tmp_path / args.npz).exists()
-            assert not (tmp_path / args.npz).with_suffix("").exists()
+            assert not args.npz.exists()
+            assert not args.npz.with_suffix("").exists()
 
 
 def test_inception_is_torch_fidelity_s_and_sfid_reads_7_channels_of_mixed_6d(tmp_path):
@@ -1467,14 +1422,13 @@ def test_inception_is_torch_fidelity_s_and_sfid_reads_7_channels_of_mixed_6d(tmp
     assert close(ours[2], seen[0].permute(0, 2, 3, 1).reshape(2, 2023), 1e-4)
 
 
-def test_table5_samples_are_compared_with_images_and_moments(tmp_path, monkeypatch):
+def test_table5_samples_are_compared_with_images_and_moments(monkeypatch):
     def thin(images):
         """Stands in for Inception: a few pixels as pooled features, logits, spatial features."""
         x = images.float().flatten(1)
         return x[:, :3], x[:, 3:7] / 9, x[:, 7:9]
 
     # The moments of a reference count, not those of its images. The samples are a folder.
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "inception", lambda *given: thin)
     images = np.random.default_rng(0).integers(0, 256, (18, 12, 12, 3), np.uint8)
     mu = {"mu": np.zeros(3), "sigma": np.eye(3)}
@@ -1483,6 +1437,7 @@ def test_table5_samples_are_compared_with_images_and_moments(tmp_path, monkeypat
     Path("fakes/below").mkdir(parents=True)
     for i in range(9):
         Image.fromarray(images[i]).save(f"fakes/below/{i}.PNG")
+    shutil.copytree("fakes/below", "fakes/.hidden")
     (row,) = rows_of("samples", "--ref", "ref.npz", "--samples", "fakes", "--paired")
 
     x = torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -46,7 +46,7 @@ from model import CONFIGS, Block, Config, UserError, build_model, training_flops
 from sample import (
     FLIP_STREAM, ORDER_STREAM, Codec, Parser, barrier, bounded, image_files, load_checkpoint,
     load_codec, open_image, pick_device, process_group, rank_and_world_size, replacing,
-    run_command, shuffled_order,
+    run_command, save_checkpoint, shuffled_order,
 )  # fmt: skip
 
 CLASS_DROPOUT = 0.1  # CHOICE: the paper names no number; DiT, SiT and FiTv2 have this one
@@ -118,15 +118,13 @@ def train(args: argparse.Namespace) -> None:
     run = set_up(args)
     model, ema, optimizer = [run.modules[name] for name in ("model", "ema", "optimizer")]
     rank, ranks = rank_and_world_size()
-    device = model.device
-    generator = torch.Generator(device)
+    generator = torch.Generator(args.device)
     images = iter(run.loader)
 
     # From here on, Ctrl-C and SIGTERM only leave a note: no step is left half done.
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signum, frame: signals.append(signum))
-    stop = False
 
     results = []  # of the steps since the last record in the log
     began = time.time()
@@ -141,9 +139,8 @@ def train(args: argparse.Namespace) -> None:
             try:
                 x, y = next(images)
             except Exception as error:
-                # The rank that failed saves the finished steps first, since all ranks have the same
-                # weights; but not if rank 0 saves that step anyway.
-                if (step - 1) % args.save_every and all(r.isfinite().all() for r in results):
+                # The rank that failed saves the finished steps first: all have the same weights.
+                if all(result.isfinite().all() for result in results):
                     save_checkpoint(args.out / "ckpt.pt", run.facts, step - 1, run.modules)
                 # A traceback would keep the loader's workers alive; the error's text has theirs.
                 raise (error.with_traceback(None) if args.workers else error) from None
@@ -152,8 +149,8 @@ def train(args: argparse.Namespace) -> None:
             # Noise, times and dropped classes are drawn for the global batch: this is our share.
             draws = draw_noise(args.seed, step, args.batch_size, model.config, generator)
             x1, eps, t, dropped = [draw[run.share] for draw in draws]
-            x0 = run.codec.encode(x.to(device, non_blocking=True), eps)
-            y = torch.where(dropped, model.null_class, y.to(device, non_blocking=True))
+            x0 = run.codec.encode(x.to(args.device, non_blocking=True), eps)
+            y = torch.where(dropped, model.null_class, y.to(args.device, non_blocking=True))
 
             # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
             for group in optimizer.param_groups:
@@ -164,7 +161,7 @@ def train(args: argparse.Namespace) -> None:
             # Several ranks vote at every tenth step only, for a vote waits for the GPU.
             stop = bool(signals) and ranks == 1
             if ranks > 1 and step % 10 == 0:
-                votes = torch.tensor(len(signals), device=device)
+                votes = torch.tensor(len(signals), device=args.device)
                 dist.all_reduce(votes)
                 stop = votes.item() > 0
 
@@ -177,15 +174,13 @@ def train(args: argparse.Namespace) -> None:
                 began = time.time()
                 waited = 0.0
             if stop:
-                break
+                barrier()  # until rank 0 has saved: a rank that ends makes torchrun end the others
+                print(f"stopped after step {step}; the same command with --resume continues")
+                sys.exit(130)  # as a program ended by Ctrl-C
     finally:
         # Workers ignore the SIGTERM by which Python would end them, so they are shut down here.
         del images
 
-    barrier()  # until rank 0 has saved: a rank that ends makes torchrun end the others
-    if stop:
-        print(f"stopped after step {step}; the same command with --resume continues")
-        sys.exit(130)  # as a program ended by Ctrl-C
     if rank == 0:
         plot_log(args.out / "log.jsonl", args.out / "loss.png")
         for command in ("sample.py", "evaluate.py stages"):
@@ -206,7 +201,7 @@ def after_interval(
     flops = training_flops(run.modules["ema"].config, run.args.p_s)  # of an image
     record["tflops"] = images_per_s * flops / ranks / 1e12  # TFLOP/s of each rank
     record["waiting_for_data"] = waited / seconds  # a share of the time
-    if run.modules["ema"].device.type == "cuda":
+    if run.args.device.type == "cuda":
         record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if rank > 0:
         return
@@ -242,23 +237,22 @@ class Run:
     facts: dict  # what a checkpoint says besides
     held_out: list  # items for held_out_loss()
     share: slice  # this rank's part of a batch
-    with_prior: Tensor  # see training_step()
+    with_prior: Tensor  # see training_step(); on the device, since a copy waits for the GPU
     loader: DataLoader
     steps: range  # those to come
 
 
 def set_up(args: argparse.Namespace) -> Run:
     """Makes all that a run needs, new or as it was in the checkpoint. Raises UserError."""
-    device = pick_device(args.device)
     # CHOICE: on a GPU, training computes in bf16, as in FiTv2's configuration (--precision), and in
     # TF32 what autocast leaves in fp32. The VAE, too: in true fp32, encoding would take several
-    # times as long as the step. Evaluation is in fp32, and sampling by default.
+    # times as long as the step. evaluate.py is in fp32, and sample.py by default.
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
 
     # Data, the model that fits them, and this rank's share of each batch. An unreadable held-out
     # image would end the run half-way, so they are read now.
-    codec = load_codec(args.vae, device)
+    codec = load_codec(args.vae, args.device)
     if args.cache:
         open_cache(args, codec)
     settings = (args.image_size, args.channels, args.held_out, args.class_groups, args.cache)
@@ -270,22 +264,20 @@ def set_up(args: argparse.Namespace) -> Run:
         latent_channels=channels, num_classes=len(training.classes), w=args.w,
         prior_from=args.prior_from,
     )  # fmt: skip
-    share, with_prior = divide_batch(args.batch_size, args.p_s, config.N > 0)
-    with_prior = with_prior.to(device)  # now, since a copy waits for the GPU
+    share, with_prior = divide_batch(args, config.N > 0)
 
     # Model, EMA and optimizer: new, or as they were in the checkpoint of this very run.
     facts = {name: getattr(args, name) for name in RECORDED}
     facts |= {"data": args.data, "classes": training.classes, "fingerprint": fingerprint}
     facts |= {"codec": codec.name, "scale": codec.scale, "shift": codec.shift}
     facts["config"] = asdict(config)
-    network, modules = build(args, config, device)
-    ckpt = args.out / "ckpt.pt"
-    done = resume(ckpt, modules, facts) if args.resume and ckpt.exists() else 0
+    network, modules = build(args, config, args.device)
+    done = resume(args.out / "ckpt.pt", modules, facts) if args.resume else 0
     require_shared(args.out, done)
     if rank_and_world_size()[0] == 0:
         print(f"{args.model}, {len(training)} images in {config.num_classes} classes, step {done}")
         if not done:
-            save_checkpoint(ckpt, facts, 0, modules)
+            save_checkpoint(args.out / "ckpt.pt", facts, 0, modules)
         # The steps after the checkpoint come again, and their records with them.
         log = args.out / "log.jsonl"
         kept = [json.dumps(x) + "\n" for x in read_log(log) if x["step"] <= done]
@@ -297,7 +289,7 @@ def set_up(args: argparse.Namespace) -> Run:
     numbers = batches(len(training), args.batch_size, args.seed, args.flip, steps)
     loader = DataLoader(
         training, batch_sampler=(batch[share] for batch in numbers), num_workers=args.workers,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+        pin_memory=args.device.type == "cuda", worker_init_fn=ignore_signals,
     )  # fmt: skip
     return Run(args, codec, network, modules, facts, held_out, share, with_prior, loader, steps)
 
@@ -341,7 +333,7 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-# ------------------------------------------------------------------------------- batches and images
+# ---------------------------------------------------------------- batches, images and their latents
 
 
 def batches(count: int, batch_size: int, seed: int, flip: bool, steps: range) -> Iterator[list]:
@@ -360,20 +352,20 @@ def batches(count: int, batch_size: int, seed: int, flip: bool, steps: range) ->
         yield [(i, flip and bool(f)) for i, f in zip(numbers, flipped, strict=True)]
 
 
-def divide_batch(batch_size: int, p_s: float, lem: bool) -> tuple[slice, Tensor]:
+def divide_batch(args: argparse.Namespace, lem: bool) -> tuple[slice, Tensor]:
     """-> this rank's contiguous share of the global batch; which images of it keep their prior, as
-    indices. Raises UserError where S or LEM would go untrained."""
+    indices on the device. Raises UserError where S or LEM would go untrained."""
     rank, ranks = rank_and_world_size()
-    if batch_size % ranks:
-        raise UserError(f"--batch-size {batch_size} is not divisible by {ranks} ranks")
+    if args.batch_size % ranks:
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by {ranks} ranks")
 
     # Which images keep their prior is decided for the global batch. FiTv2 has no priors.
-    keeps = keeps_prior(batch_size, p_s if lem else 1).view(ranks, -1)
+    keeps = keeps_prior(args.batch_size, args.p_s if lem else 1).view(ranks, -1)
     if lem and (keeps.all() or not keeps.any(dim=1).all()):
-        fault = f"--p-s {p_s} leaves S without an image, or LEM in one of {ranks} ranks"
+        fault = f"--p-s {args.p_s} leaves S without an image, or LEM in one of {ranks} ranks"
         raise UserError(f"{fault}; raise --batch-size, or choose 0 < p_s < 1")
-    size = batch_size // ranks
-    return slice(rank * size, (rank + 1) * size), keeps[rank].nonzero().squeeze(1)
+    size = args.batch_size // ranks
+    return slice(rank * size, (rank + 1) * size), keeps[rank].nonzero().squeeze(1).to(args.device)
 
 
 # 22 typefaces for text among those that come with matplotlib.
@@ -491,9 +483,6 @@ def load_data(
     return training, Labelled(classes, labels[:cut], members[:cut], load, K), fingerprint
 
 
-# ------------------------------------------------------------------------------------- latent cache
-
-
 open_file = lru_cache(os.open)
 
 
@@ -533,8 +522,7 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: d
         with open(path, "rb+") as latents:
             latents.seek(share.start * 2 * math.prod(shape))  # two bytes a number
             for x, _ in tqdm(loader, "encoding", disable=rank > 0):
-                views = [torch.stack(codec.moments(view), dim=1) for view in (x, x.flip(-1))]
-                moments = torch.stack(views, dim=1)  # (b, 2, 2, C, H, W)
+                moments = torch.stack([codec.moments(x), codec.moments(x.flip(-1))], dim=1)
                 latents.write(moments.half().cpu().numpy())
             latents.flush()
             os.fsync(latents.fileno())
@@ -564,8 +552,7 @@ def open_cache(args: argparse.Namespace, codec: Codec) -> None:
 
 # -------------------------------------------------------------------------- checkpoints and the log
 
-# The flags, besides those in Config, on which the result of a run depends. A resumed run has to
-# repeat them.
+# The flags, besides those in Config, on which a run's result depends: a resumed run repeats them.
 RECORDED = """
     image_size channels held_out batch_size lr lem_lr_factor warmup p_s flip seed precision
     ema_decay
@@ -574,7 +561,7 @@ RECORDED = """
 
 def lock(folder: Path) -> FileLock | nullcontext:
     """Keeps two runs from writing into one folder: to enter it raises OSError if another one does.
-    Rank 0 holds it for all. (Where files cannot be locked, remove .dod-lock after a kill.)"""
+    Rank 0 holds it for all. (Where flock is not implemented, remove .dod-lock after a kill.)"""
     rank, _ = rank_and_world_size()
     return FileLock(folder / ".dod-lock", timeout=0) if rank == 0 else nullcontext()
 
@@ -587,14 +574,6 @@ def require_shared(folder: Path, found: int) -> None:
         dist.all_gather_object(answers, found)
         if len(set(answers)) > 1:
             raise UserError(f"the nodes do not share {folder}; put it on a shared file system")
-
-
-def save_checkpoint(path: Path, facts: dict, step: int, modules: dict) -> None:
-    """Writes a checkpoint, whole or not at all. modules: ema and, for resuming, model, optimizer.
-    Raises UserError if the disk is full."""
-    states = {name: module.state_dict() for name, module in modules.items()}
-    with replacing(path) as temporary:
-        torch.save({"format": "dod-4", "step": step, **facts, **states}, temporary)
 
 
 def resume(path: Path, modules: dict, facts: dict) -> int:
@@ -753,7 +732,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--warmup", type=count, help="steps over which the rate grows at first")
     add("--ema-decay", type=share, default=0.999, help="decay of the averaged weights")
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
-    add("--seed", type=count, default=0, help="the same seed gives the same run")
+    add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, help="same seed: same run")
     add("--precision", choices=["fp32", "bf16"], help="of autocast; default: bf16 on CUDA")
     add("--compile", action=switch, default=False, help="compile the blocks by torch.compile")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -780,18 +759,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     """Makes sure that --out is free, joins the other ranks, and trains."""
     args = parse(sys.argv[1:])
-    device = pick_device(args.device)
+    args.device = pick_device(args.device)
     if not args.precision:
-        args.precision = "bf16" if device.type == "cuda" else "fp32"
+        args.precision = "bf16" if args.device.type == "cuda" else "fp32"
     if args.cache and args.vae == "none":
         raise UserError("--cache keeps latents; without --vae there are none")
     if rank_and_world_size()[0] > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
 
     # Nothing that is there is overwritten. Hidden files are what a kill leaves of our own.
-    with process_group(device), lock(args.out):
-        goes_on = args.resume and (args.out / "ckpt.pt").exists()
-        if rank_and_world_size()[0] == 0 and not goes_on and any(args.out.glob("[!.]*")):
+    with process_group(args.device), lock(args.out):
+        args.resume = args.resume and (args.out / "ckpt.pt").exists()
+        if rank_and_world_size()[0] == 0 and not args.resume and any(args.out.glob("[!.]*")):
             raise UserError(f"{args.out} has files already; give another --out, or --resume it")
         train(args)
 
