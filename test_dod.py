@@ -718,6 +718,12 @@ def test_what_is_finished_is_saved_before_an_error_ends_a_run(workers, tmp_path,
     assert sample.load_checkpoint(tmp_path / "a/ckpt.pt")["step"] == 1
     assert not active_children()
 
+    # But not if step 1 had a loss that is not finite.
+    with pytest.MonkeyPatch.context() as patched:
+        before_step(patched, lambda step, given: given.batch[0].fill_(math.nan))
+        assert run(train, *flags, tmp_path / "nan") == 2
+    assert sample.load_checkpoint(tmp_path / "nan/ckpt.pt")["step"] == 0
+
     # It is removed, and the run goes on; an error in the held-out loss comes after step 3 is saved.
     file.unlink()
     with patch.object(train, "held_out_loss", Mock(side_effect=UserError("odd"))):
