@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 82 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 84 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits, except for --prior-from: those had no
 # MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -81,6 +81,12 @@ report reconstruct-cifar-quarter0-10000 cifar-K10-quarter-seed0 10000 reconstruc
 
 train K10-half-seed0 2500 --class-groups 10 --seed 0 --lem-lr-factor 0.5
 report groups10-half0-2500 K10-half-seed0 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4
+
+train K10-half-seed1 2500 --class-groups 10 --seed 1 --lem-lr-factor 0.5
+report groups10-half1-2500 K10-half-seed1 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4
+
+train K10-half-seed2 2500 --class-groups 10 --seed 2 --lem-lr-factor 0.5
+report groups10-half2-2500 K10-half-seed2 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4
 
 train K1-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 1 --seed 0
 report groups1-fit0-10000 K1-fitv2-seed0 10000 stages --steps 40
@@ -380,6 +386,7 @@ report groups10-lem1-10000-wide K10-same-seed1 10000 stages --stages 2 --cfg 1.2
 report groups10-lem1-10000 K10-same-seed1 10000 stages --stages 2 --cfg 1.5 2 2.5 3 --cfg-stage1 1.25 1.5 2
 report groups10-lem1-2500-wide K10-same-seed1 2500 stages --stages 2 --cfg 4 6 --cfg-stage1 6
 report groups10-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1 1.5 2 2.5 3 --cfg-stage1 1.5 2 2.5 3 4
+report groups10-same1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4
 # at 64e919d: report interval-0-0.5-lem1-2500-wide K10-same-seed1 2500 stages --stages 2 --cfg 6 8 --cfg-stage1  --interval 0,0.5
 # at 64e919d: report interval-0-0.5-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0,0.5
 # at 64e919d: report interval-0.25-1-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.25,1
@@ -398,6 +405,7 @@ report groups10-lem2-10000-wide K10-same-seed2 10000 stages --stages 2 --cfg 1.2
 report groups10-lem2-10000 K10-same-seed2 10000 stages --stages 2 --cfg 1.5 2 2.5 --cfg-stage1 1.25 1.5 2
 report groups10-lem2-2500-wide K10-same-seed2 2500 stages --stages 2 --cfg 4 6 --cfg-stage1 6
 report groups10-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1 1.5 2 2.5 3 --cfg-stage1 1.5 2 2.5 3 4
+report groups10-same2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4
 # at 64e919d: report interval-0-0.5-lem2-2500-wide K10-same-seed2 2500 stages --stages 2 --cfg 6 8 --cfg-stage1  --interval 0,0.5
 # at 64e919d: report interval-0-0.5-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0,0.5
 # at 64e919d: report interval-0.25-1-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.25,1
@@ -414,6 +422,7 @@ report cifar-groups10-fitv2-0-10000 cifar-K10-fitv2-seed0 10000 stages --cfg-sta
 report cifar-groups10-fitv2-0-2500 cifar-K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 
 # Of these only the logs are used.
+train K1-half-seed0 2500 --class-groups 1 --seed 0 --lem-lr-factor 0.5
 train K1-half-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.5
+train K1-half-seed2 2500 --class-groups 1 --seed 2 --lem-lr-factor 0.5
 train K1-eighth-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.125
-train K10-half-seed1 2500 --class-groups 10 --seed 1 --lem-lr-factor 0.5
