@@ -281,7 +281,7 @@ def take_images(data: Labelled, count: int, start: int = 0) -> tuple[torch.Tenso
 
 
 def open_images(path: Path) -> tuple[list[Path] | np.ndarray, dict[str, np.ndarray]]:
-    """A folder of images, hidden ones apart, or an .npz like guided-diffusion's -> what read_images
+    """A folder of images, not hidden ones, or an .npz like guided-diffusion's -> what read_images
     reads, and an .npz's moments, if any: mu, sigma, mu_s, sigma_s. UserError names the fault."""
     moments = {}
     if path.is_dir():
@@ -355,9 +355,9 @@ def compare(real: Features, fake: Features) -> dict[str, float]:
     if fake.spatial is not None:
         columns["sfid"] = frechet_distance(*statistics(real.spatial), *statistics(fake.spatial))
 
-    # CHOICE: OpenAI's evaluator takes parts of 5,000 images in the order of the file. Here they
-    # are shuffled, since a part of a set in order of class would lack most classes, and of a size
-    # near 5,000 that divides the set evenly.
+    # CHOICE: OpenAI's evaluator takes parts of 5,000 images in the order of the file. Here images
+    # are shuffled, since a part of a set in order of class would lack most classes. Parts are of
+    # equal size, as near to 5,000 as possible.
     probs = fake.logits.double().softmax(1)[np.random.default_rng(0).permutation(n)]
     score, deviation = inception_score(probs, max(1, round(n / 5000)))
     precision, recall = precision_recall(real.pool, fake.pool)
@@ -423,7 +423,7 @@ class Evaluation:
 def start_run(args: argparse.Namespace, needs_lem: bool) -> Evaluation:
     """Measures held-out images and, for the first row, training images in place of samples. Raises
     UserError. CHOICE: the reference is 1,000 held-out images (--num), and samples get their
-    classes; the paper compares 50,000 samples of random classes with training images."""
+    classes; the paper has FID-50K and names no labels."""
     checkpoint, model, codec, data, held_out_data = open_run(args, needs_lem)
     images, labels, _ = take_images(held_out_data, args.num)
     # Training images that the classifier has not learned, if there are 20,000 or more.
@@ -444,9 +444,9 @@ def start_run(args: argparse.Namespace, needs_lem: bool) -> Evaluation:
 def draw_stage(
     run: Evaluation, w: float, stage: int = 0, prior: torch.Tensor | None = None
 ) -> tuple[dict, torch.Tensor, torch.Tensor, Features]:
-    """Draws samples of the run's classes, with the noise of stage 1 + `stage`, and adds their row
-    -> row, images, latents, features. Choose w by the column fid_training. Column evaluations
-    counts those of v; a guided one runs the network twice."""
+    """Draws samples of the run's classes, with the noise of `stage`, counted from 0, and adds their
+    row -> row, images, latents, features. Choose w by the column fid_training. Column evaluations
+    counts those of v; a guided one calls the model twice."""
     # CHOICE: Euler's method, which costs the same for any w; section 3.3 samples by RK45.
     sampler = Sampler("euler", run.args.steps, run.args.seed, first_stage=stage)
     (z0,), (nfe,) = generate(run.model, run.labels, 1, [w], sampler, prior=prior)

@@ -3,8 +3,8 @@
 An image that conditions its own generation must not say too much. If the diffusion model were
 handed the whole latent, it would simply copy it. LEM is the bottleneck between the two: its encoder
 reads all patches of a latent z_0 and writes what matters into N short vectors; its decoder unfolds
-those vectors into one condition vector for each patch, which the backbone (model.py) adds to its
-class and time embeddings.
+those vectors into one condition vector for each patch, which the backbone (model.py), after an
+MLP, adds to its class and time embeddings.
 
     z_0 (B, C, H, W) --encode, Eq. 6--> L_hat (B, N, d_e) --decode, Eq. 7--> (B, T, d_l)
 
@@ -89,7 +89,7 @@ class LEM(nn.Module):
     """Latent Embedding Module: compresses z_0 into N x d_e numbers and unfolds them again.
 
     Eq. 6:  L_hat = Enc((e_p + PE) ⊕ L)        e_p: embedded patches of z_0, L: N learned tokens
-    Eq. 7:  e_s   = Dec((M + PE) ⊕ L_hat)      M: one learned mask token, repeated for every patch
+    Eq. 7:  e_s   = Dec((M + PE) ⊕ L_hat)      M: one mask token for all patches; e_s lacks the MLP
 
     The defaults are those of DoD-B (Table 1; for N and d_e see sections 4.2 and 3.3).
     latent_size is H = W, a multiple of p; d_l and d_e are multiples of 4, d_l also of heads.
@@ -135,9 +135,9 @@ class LEM(nn.Module):
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """Eq. 6, L_hat = Enc((e_p + PE) ⊕ L): (B, C, H, W) latents -> (B, N, d_e) latent tokens."""
-        e_p = self.patch_embed(patchify(z, self.p)) + self.pos_encoder  # (B, T, d_l)
-        tokens = self.latent_tokens.expand(len(z), -1, -1).to(e_p.dtype)  # (B, N, d_l)
-        x = self.encoder(torch.cat([e_p, tokens], dim=1))  # (B, T + N, d_l)
+        patches = self.patch_embed(patchify(z, self.p)) + self.pos_encoder  # (B, T, d_l)
+        tokens = self.latent_tokens.expand(len(z), -1, -1).to(patches.dtype)  # (B, N, d_l)
+        x = self.encoder(torch.cat([patches, tokens], dim=1))  # (B, T + N, d_l)
 
         # Only the latent tokens leave the encoder. What they do not hold is lost.
         x = x[:, self.num_tokens :]  # (B, N, d_l)

@@ -162,11 +162,11 @@ CONFIGS: dict[str, Config] = {
     # CHOICE: not in the paper. DoD-B's geometry in miniature: T = 16, d_e = p * p * C, N = T / 8.
     "DoD-Ti": Config(
         depth=4, d=128, heads=4, r=32, encoder_depth=2, decoder_depth=1, d_l=128, lem_heads=4,
-        N=2, d_e=16, p=4, latent_size=16, latent_channels=1, num_classes=10, w=2,
+        N=2, d_e=16, p=4, latent_size=16, latent_channels=1, num_classes=10, w=3,
     ),
     "FiTv2-Ti": Config(
         depth=5, d=128, heads=4, r=32, N=0, p=4, latent_size=16, latent_channels=1,
-        num_classes=10, w=2,
+        num_classes=10,
     ),
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ def generate(
     for each stage its samples (B, C, H, W) and the evaluations of v for each image (B,).
 
     w: guidance scales >= 1 (1 is off), a list with one for each stage; one number is for all stages
-    that have a prior, and None is the model's own. Image b has number start + b of the seed. prior:
+    that have a prior, and None is the model's own. Image b is number start + b of the seed. prior:
     (B, C, H, W) latents that take the place of a previous stage's samples in stage 1. path: see
     sample_stage. Raises UserError for what the model cannot do."""
     # Section 3.3: no guidance in the first stage, strong guidance wherever there is a prior.
@@ -181,8 +181,8 @@ def main() -> None:
 
 
 def draw_samples(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
-    """Draws one seed's samples: a column a class; a block of rows for stage 1, for stage 1 guided
-    by the class, and for each later stage, or for each image of --prior, which is its first row."""
+    """Draws one seed's samples, a column for each class, in blocks of rows: stage 1; stage 1 guided
+    by the class; then each later stage or, below each image of --prior, the samples given it."""
     y = torch.tensor(args.classes * (args.per_class or 4), device=model.device)
     draw = partial(generate, model, y, sampler=sampler, batch_size=args.batch_size)
     samples, _ = draw(1, [1.0]) if args.prior else draw(len(args.w), [1.0, *args.w[1:]])
@@ -441,7 +441,7 @@ class Codec:
     def __init__(self, name: str = "none", vae: nn.Module | None = None):
         self.name = name
         self.vae = vae
-        # What the VAE encodes is multiplied with `scale`, after `shift` has been subtracted.
+        # What the VAE encodes is multiplied by `scale`, after `shift` has been subtracted.
         self.scale = float(vae.config.scaling_factor) if vae else 1.0  # 0.18215 for the paper's VAE
         self.shift = float(vae.config.get("shift_factor") or 0) if vae else 0.0
 

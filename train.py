@@ -133,8 +133,8 @@ def train(args: argparse.Namespace) -> None:
     bar = tqdm(run.steps, initial=done, total=args.steps, mininterval=1, disable=rank > 0)
     try:
         for step in bar:
-            # This rank's images (or cached moments) and classes. The time spent waiting for them
-            # tells whether the loader keeps up with the device.
+            # This rank's images, or what a cache has of them, and classes. The time spent waiting
+            # for them tells whether the loader keeps up with the device.
             asked = time.time()
             try:
                 x, y = next(images)
@@ -142,7 +142,7 @@ def train(args: argparse.Namespace) -> None:
                 # The rank that failed saves the finished steps first: all have the same weights.
                 if all(result.isfinite().all() for result in results):
                     save_checkpoint(args.out / "ckpt.pt", run.facts, step - 1, run.modules)
-                # A traceback would keep the loader's workers alive; the error's text has theirs.
+                # A traceback would keep the loader's workers alive; the error's text quotes theirs.
                 raise (error.with_traceback(None) if args.workers else error) from None
             waited += time.time() - asked
 
@@ -431,8 +431,8 @@ class Labelled(Dataset):
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
         """(i, flipped) -> a uint8 image (channels, size, size) or the moments of its latent, fp32
-        (2, C, H, W); the model's class. The sampler decides on flips, so that they are a function
-        of (seed, step). Raises UserError that names an unreadable image."""
+        (2, C, H, W); the model's class. batches() decides on flips, so that they are a function of
+        (seed, step). Raises UserError that names an unreadable image."""
         i, flipped = item
         x = self.load(self.members[i])
         if x.dtype != torch.uint8:  # the moments of an image and of its mirror image
@@ -560,7 +560,7 @@ RECORDED = """
 
 
 def lock(folder: Path) -> FileLock | nullcontext:
-    """Keeps two runs from writing into one folder: to enter it raises OSError if another one does.
+    """Keeps two runs from writing into one folder: entering raises OSError if another one holds it.
     Rank 0 holds it for all. (Where flock is not implemented, remove .dod-lock after a kill.)"""
     rank, _ = rank_and_world_size()
     return FileLock(folder / ".dod-lock", timeout=0) if rank == 0 else nullcontext()
@@ -640,8 +640,8 @@ def held_out_loss(run: Run) -> dict[str, float]:
 
 
 def worth_of_prior(record: dict, args: argparse.Namespace) -> str:
-    """One line: how far a prior lowers the loss. After the start of a run it warns below 1%, of a
-    dead LEM, which gives all images the same prior. An LEM half asleep, at 20%, gets none."""
+    """One line: how far a prior lowers the loss. After the start of a run it warns below 1%: LEM is
+    dead, and gives all images the same prior. One that stood still at 20% got no warning."""
     gap = record["loss_S"] - record["loss_prior"]
     share = gap / record["loss_S"]
     line = f"step {record['step']}: the prior lowers the loss by {gap:.3f} ({share:.0%})"
@@ -690,8 +690,8 @@ FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, w=3.5)
 IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, w=5.5)  # with --vae
 # CHOICE: DoD-Ti learns at 20 times the paper's rate, after a warm-up, and LEM at a quarter of that.
 # With one rate, the gap (loss with S minus loss with a prior) was 0.046 to 0.063 after 2,500 steps,
-# in three seeds; with a quarter it was 0.082 to 0.092, but unguided stage 1 got worse, and stage 2
-# after 10,000 steps. Without a warm-up LEM died: every image got the same e_s.
+# in three seeds; with a quarter it was 0.082 to 0.092. But unguided stage 1 got worse and, after
+# 10,000 steps, stage 2 did, too. Without a warm-up LEM died: every image got the same e_s.
 SMALL = dict(batch_size=64, lr=2e-3, lem_lr_factor=0.25, warmup=300, steps=2500, save_every=500)
 # Batch size and rate are those of section 4.1, the 400,000 steps those of section 4.2.
 # CHOICE: no warm-up, for the paper says that the rate is constant; FiTv2's code has one (--warmup).
