@@ -594,8 +594,8 @@ def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:
         print(f"{row['what']:40}" + "".join(cells))
 
     git = f"git -C '{Path(__file__).parent}' describe --always --dirty"
-    facts |= {"commit": subprocess.getoutput(git), "torch": torch.__version__}
-    found = vars(args) | facts | {"rows": rows}
+    found = vars(args) | facts | {"commit": subprocess.getoutput(git)}
+    found |= {"torch": torch.__version__, "numpy": np.__version__, "rows": rows}
     found.pop("function")
     with replacing(args.out) as temporary:
         temporary.write_text(json.dumps(found, indent=1, default=str))

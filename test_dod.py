@@ -1324,6 +1324,7 @@ def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_
     # The report says how it came about, without weights.
     found = json.loads(Path("out/stages.json").read_text())
     assert found["commit"] and found["network_hash"] and found["checkpoint"]["fingerprint"]
+    assert (found["torch"], found["numpy"]) == (torch.__version__, np.__version__)
     assert not found["checkpoint"].keys() & {"ema", "model", "optimizer"}
 
 
