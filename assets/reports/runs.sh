@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 84 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 85 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
-# rate for all, --lem-lr-factor 1 today, which gives the same bits, except for --prior-from: those had no
-# MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
+# rate for all, --lem-lr-factor 1 today, which gives the same bits on one machine, except for --prior-from: those
+# had no MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
 # cifar10/train is CIFAR-10 as a folder for each class.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -38,9 +38,10 @@ report groups1-quarter1-5000 K1-quarter-seed1 5000 stages --stages 2 --cfg 1 1.5
 train K1-quarter-seed2 2500 --class-groups 1 --seed 2 --lem-lr-factor 0.25
 report groups1-quarter2-2500 K1-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6
 
-train cifar-K1-quarter-seed0 10000 --class-groups 1 --seed 0 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
+train cifar-K1-quarter-seed0 20000 --class-groups 1 --seed 0 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups1-quarter0-10000-wide cifar-K1-quarter-seed0 10000 stages --stages 2 --cfg 8 11 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter0-10000 cifar-K1-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+report cifar-groups1-quarter0-20000 cifar-K1-quarter-seed0 20000 stages --stages 2 --cfg 1 4 6 8 11 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter0-2500 cifar-K1-quarter-seed0 2500 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter0-5000 cifar-K1-quarter-seed0 5000 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 
@@ -78,6 +79,15 @@ report cifar-groups10-quarter0-10000 cifar-K10-quarter-seed0 10000 stages --stag
 report cifar-groups10-quarter0-2500 cifar-K10-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 report probe-cifar-quarter0-10000 cifar-K10-quarter-seed0 10000 probe
 report reconstruct-cifar-quarter0-10000 cifar-K10-quarter-seed0 10000 reconstruct --cfg 1 1.5 2 3 4 6
+
+train K1-half-seed0 2500 --class-groups 1 --seed 0 --lem-lr-factor 0.5
+report groups1-half0-2500 K1-half-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+
+train K1-half-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.5
+report groups1-half1-2500 K1-half-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+
+train K1-half-seed2 2500 --class-groups 1 --seed 2 --lem-lr-factor 0.5
+report groups1-half2-2500 K1-half-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 
 train K10-half-seed0 2500 --class-groups 10 --seed 0 --lem-lr-factor 0.5
 report groups10-half0-2500 K10-half-seed0 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4
@@ -150,11 +160,13 @@ train K1-same-seed2 10000 --class-groups 1 --seed 2 --lem-lr-factor 1
 report groups1-lem2-10000 K1-same-seed2 10000 stages --stages 2 --cfg 1 2 3 4 5 6 8 11
 report groups1-lem2-2500 K1-same-seed2 2500 stages --stages 2 --cfg 1 2 3 4 5 6 8
 
-train cifar-K1-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 1 --seed 0 --data cifar10/train --image-size 16 --patch-size 4
+train cifar-K1-fitv2-seed0 20000 --model FiTv2-Ti --class-groups 1 --seed 0 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups1-fitv2-0-10000 cifar-K1-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 --steps 40
+report cifar-groups1-fitv2-0-20000 cifar-K1-fitv2-seed0 20000 stages --cfg-stage1 1.5 2 3 4 --steps 40
 report cifar-groups1-fitv2-0-2500 cifar-K1-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
 report cifar-groups1-fitv2-0-5000 cifar-K1-fitv2-seed0 5000 stages --cfg-stage1 1.5 2 3 4 --steps 40
 report steps60-cifar-groups1-fitv2-0-10000 cifar-K1-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 --steps 60
+report steps60-cifar-groups1-fitv2-0-20000 cifar-K1-fitv2-seed0 20000 stages --cfg-stage1 1.5 2 3 4 --steps 60
 
 train cifar-K1-fitv2-seed1 10000 --model FiTv2-Ti --class-groups 1 --seed 1 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups1-fitv2-1-10000 cifar-K1-fitv2-seed1 10000 stages --cfg-stage1 1.5 2 3 4 --steps 40
@@ -421,8 +433,5 @@ train cifar-K10-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 10 --seed 0 --
 report cifar-groups10-fitv2-0-10000 cifar-K10-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 report cifar-groups10-fitv2-0-2500 cifar-K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 
-# Of these only the logs are used.
-train K1-half-seed0 2500 --class-groups 1 --seed 0 --lem-lr-factor 0.5
-train K1-half-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.5
-train K1-half-seed2 2500 --class-groups 1 --seed 2 --lem-lr-factor 0.5
+# Of this one only the log is used.
 train K1-eighth-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.125
