@@ -435,7 +435,7 @@ def open_image(path: str | Path, size: int, channels: int) -> Tensor:
 
 class Codec:
     """Images <-> latents: Stable Diffusion's VAE (section 3.3), diffusers' AutoencoderKL, in fp32,
-    256 x 256 x 3 <-> 32 x 32 x 4. Without a VAE the latent is the image itself, in [-1, 1].
+    256 x 256 x 3 <-> 32 x 32 x 4. With vae = None the latent is the image itself, in [-1, 1].
     CHOICE: the VAE is ft-EMA's (README), and training takes samples, as SiT does."""
 
     def __init__(self, name: str = "none", vae: nn.Module | None = None):
