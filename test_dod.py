@@ -994,7 +994,7 @@ def drawn(ckpt: Path, y, stages: int, w, codec=PIXELS, **given) -> np.ndarray:
 
 def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(trained, tmp_path):
     # Nine images in one process, and in two, of a model with a scale of its own.
-    ckpt = awaken(trained / "ckpt.pt", Path("awake.pt"), w=3.0)
+    ckpt = awaken(trained / "ckpt.pt", Path("awake.pt"), w=3.5)
     flags = ["--ckpt", ckpt, *SET, "--classes", "B,D,C", "--number"]
     images, y = set_of(tmp_path / "one.npz", *flags, 9)
     for process in launch(sample, *flags, 9, "--npz", tmp_path / "two.npz", ranks=2):
@@ -1003,7 +1003,7 @@ def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(trained, t
 
     # They are those of stage 2, at the model's own scale. Labels have a stream of their own.
     assert y.tolist() == [[1, 3, 2][np.random.default_rng((7, 3, n)).integers(3)] for n in range(9)]
-    assert np.array_equal(images, drawn(ckpt, y, 2, [1.0, 3.0]))
+    assert np.array_equal(images, drawn(ckpt, y, 2, [1.0, 3.5]))
     images, _ = set_of(tmp_path / "stage1.npz", *flags, 5, "--stages", 1, "--cfg-stage1", 4)
     assert np.array_equal(images, drawn(ckpt, y[:5], 1, [4.0]))
 
@@ -1028,12 +1028,12 @@ def test_fig4_real_images_are_priors_of_a_set(colours, tmp_path):
 
 
 def test_the_grid_is_fair_and_a_path_leads_from_noise_to_sample(trained, tmp_path, monkeypatch):
-    ckpt = awaken(trained / "ckpt.pt", Path("awake.pt"), w=3.0)
+    ckpt = awaken(trained / "ckpt.pt", Path("awake.pt"), w=3.5)
     grids = []
     monkeypatch.setattr(sample, "draw_grid", lambda *grid: grids.append(grid))
     flags = ["--ckpt", ckpt, *SET, "--classes", "C,A", "--per-class", 1]
     assert run(sample, *flags, "--stages", 3) == 0
-    expected = [(1, [1.0]), (1, [2.0]), (2, [1.0, 3.0]), (3, [1.0, 3.0, 3.0])]
+    expected = [(1, [1.0]), (1, [2.0]), (2, [1.0, 3.5]), (3, [1.0, 3.5, 3.5])]
     for (label, images), (stages, w) in zip(grids[0][1], expected, strict=True):
         assert f"w = {w[-1]:g}" in label
         assert np.array_equal(images.permute(0, 2, 3, 1), drawn(ckpt, [2, 0], stages, w)[..., :1])
@@ -1062,7 +1062,7 @@ def test_the_grid_is_fair_and_a_path_leads_from_noise_to_sample(trained, tmp_pat
     for i in range(2):
         (_, x_t), (_, x_0) = blocks[2 * i : 2 * i + 2]
         assert torch.equal(x_t[:1], PIXELS.decode(sample.stage_noise((1, 8, 8), 7, range(1), i)))
-        expected = drawn(ckpt, [2], i + 1, [1.0, 3.0][: i + 1])[..., :1]
+        expected = drawn(ckpt, [2], i + 1, [1.0, 3.5][: i + 1])[..., :1]
         assert abs(x_0[-1:].permute(0, 2, 3, 1).numpy() - expected.astype(int)).max() <= 1
 
 
@@ -1504,8 +1504,8 @@ def main() -> None:
     for name, compiled in itertools.product(args.models, (False, True) if cuda else (False,)):
         # Half of the batch, every second image, keeps its prior.
         config = CONFIGS[name]
-        given = Namespace(seed=0, lr=1e-4, lem_lr_factor=1.0, compile=compiled)
-        network, modules = train.build(given, config, device)
+        given = Namespace(seed=0, lr=1e-4, lem_lr_factor=1.0, compile=compiled, device=device)
+        network, modules = train.build(given, config)
         generator = torch.Generator(device)
         x1, x0, t, dropped = train.draw_noise(0, 1, args.batch_size, config, generator)
         kept = torch.arange(1, len(t) if config.N else 1, 2, device=device)

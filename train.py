@@ -271,7 +271,7 @@ def set_up(args: argparse.Namespace) -> Run:
     facts |= {"data": args.data, "classes": training.classes, "fingerprint": fingerprint}
     facts |= {"codec": codec.name, "scale": codec.scale, "shift": codec.shift}
     facts["config"] = asdict(config)
-    network, modules = build(args, config, args.device)
+    network, modules = build(args, config)
     done = resume(args.out / "ckpt.pt", modules, facts) if args.resume else 0
     require_shared(args.out, done)
     if rank_and_world_size()[0] == 0:
@@ -294,7 +294,7 @@ def set_up(args: argparse.Namespace) -> Run:
     return Run(args, codec, network, modules, facts, held_out, share, with_prior, loader, steps)
 
 
-def build(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[nn.Module, dict]:
+def build(args: argparse.Namespace, config: Config) -> tuple[nn.Module, dict]:
     """-> the network of a new run, and by name its model, ema and optimizer. The network is what
     training calls: the model, with several ranks inside of DistributedDataParallel (DDP).
 
@@ -302,7 +302,7 @@ def build(args: argparse.Namespace, config: Config, device: torch.device) -> tup
     all the same: its hooks sit on the parameters. CHOICE: AdamW's betas are the usual 0.9 and
     0.999, as in FiTv2's configuration; rate and weight decay, 0, are those of section 4.1."""
     torch.manual_seed(args.seed)
-    model = build_model(config).to(device)
+    model = build_model(config).to(args.device)
     ema = copy.deepcopy(model).requires_grad_(False)
 
     # CHOICE: LEM and the prior's MLP, group 1, can learn at a rate of their own; the paper has one.
