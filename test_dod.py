@@ -20,7 +20,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import active_children, forkserver, get_context
+from multiprocessing import active_children, forkserver
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -33,6 +33,7 @@ from scipy import integrate, linalg, ndimage
 from scipy.spatial.distance import cdist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.elastic.utils.distributed import get_free_port
+from torch.multiprocessing import start_processes
 from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
@@ -412,9 +413,10 @@ def run(module, *argv) -> int:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def work(name: str, argv: tuple, environment: dict) -> None:
+def work(rank: int, name: str, argv: tuple, ranks: str, port: str) -> None:
     """All that a process of launch() does."""
-    os.environ.update(environment)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": ranks}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     sys.exit(run(sys.modules[name], *argv))
 
 
@@ -433,14 +435,8 @@ def fork_server() -> None:
 
 def launch(module, *argv, ranks: int = 1) -> list:
     """Starts a script in processes of their own, with the variables that torchrun sets."""
-    server = get_context("forkserver")
-    network = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(get_free_port())}
-    processes = []
-    for rank in range(ranks):
-        given = (module.__name__, argv, network | {"RANK": str(rank), "WORLD_SIZE": str(ranks)})
-        processes.append(server.Process(target=work, args=given, daemon=True))
-        processes[-1].start()
-    return processes
+    given = (module.__name__, argv, str(ranks), str(get_free_port()))
+    return start_processes(work, given, ranks, False, True, "forkserver").processes
 
 
 @pytest.fixture(scope="session")
@@ -707,7 +703,7 @@ def test_nothing_bad_takes_the_place_of_a_checkpoint(monkeypatch, tmp_path, capf
 
     # A finite loss may have a gradient that is not.
     with pytest.raises(FloatingPointError, match="step 7 "):
-        train.summarise(None, 7, [torch.tensor([0, 0, 0, math.inf])])
+        train.after_interval(None, 7, [torch.tensor([0, 0, 0, math.inf])], 0, 0, True, False)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

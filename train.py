@@ -192,35 +192,54 @@ def after_interval(
 ) -> None:
     """What follows an interval of steps: a record in the log and, where they are due, a checkpoint
     (what resuming needs) and a milestone (what sampling needs). results: of training_step; began: a
-    time; waited: seconds. FloatingPointError, and nothing is saved, if a loss is not finite."""
-    record = summarise(run, step, results)
-    seconds = time.time() - began  # by now a GPU has finished these steps
-    images_per_s = len(results) * run.args.batch_size / seconds
+    time; waited: seconds. FloatingPointError that names the first step whose loss is not finite."""
+    # The means over all ranks. They are read only here, not in each step: reading waits for a GPU.
     rank, ranks = rank_and_world_size()
-    record |= {"images_per_s": images_per_s, "seconds": seconds}
-    flops = training_flops(run.modules["ema"].config, run.args.p_s)  # of an image
-    record["tflops"] = images_per_s * flops / ranks / 1e12  # TFLOP/s of each rank
-    record["waiting_for_data"] = waited / seconds  # a share of the time
-    if run.args.device.type == "cuda":
-        record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    table = torch.stack(results, dim=1)  # (4, steps)
+    if ranks > 1:
+        dist.all_reduce(table)
+    table /= ranks
+    bad = (~table.isfinite().all(0)).nonzero()
+    if len(bad):
+        first = step - len(results) + 1 + int(bad[0])
+        fault = f"the loss of step {first} (or its gradient) is not finite"
+        raise FloatingPointError(f"{fault}; ckpt.pt is from before; a lower --lr needs a new run")
+    loss, sum_prior, sum_S, norm = table.mean(1).tolist()
+    seconds = time.time() - began  # by now a GPU has finished these steps
     if rank > 0:
         return
-    out = run.args.out
+
+    # The sums become means over all images with their prior and over all with S.
+    args = run.args
+    record = {"step": step, "loss": loss}
+    if args.latent_tokens:
+        number_S = round(args.p_s * args.batch_size)
+        record["loss_prior"] = sum_prior * ranks / (args.batch_size - number_S)
+        record["loss_S"] = sum_S * ranks / number_S
+    record |= {"grad_norm": norm, "lr": run.modules["optimizer"].param_groups[0]["lr"]}
+
+    # How fast it was: TFLOP/s of each rank, the share of the time spent waiting for images.
+    images_per_s = len(results) * args.batch_size / seconds
+    flops = training_flops(run.modules["ema"].config, args.p_s)  # of an image
+    record |= {"images_per_s": images_per_s, "seconds": seconds}
+    record |= {"tflops": images_per_s * flops / ranks / 1e12, "waiting_for_data": waited / seconds}
+    if args.device.type == "cuda":
+        record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
 
     # The held-out loss belongs to the record. Should it fail, the steps are saved all the same.
     try:
         if save and run.held_out:
             record |= held_out_loss(run)
     finally:
-        with open(out / "log.jsonl", "a") as log:
+        with open(args.out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
         if milestone:
             ema = {"ema": run.modules["ema"]}
-            save_checkpoint(out / f"ema-{step:07}.pt", run.facts, step, ema)
+            save_checkpoint(args.out / f"ema-{step:07}.pt", run.facts, step, ema)
         if save:
-            save_checkpoint(out / "ckpt.pt", run.facts, step, run.modules)
+            save_checkpoint(args.out / "ckpt.pt", run.facts, step, run.modules)
     if save and "loss_S" in record:
-        tqdm.write(worth_of_prior(record, run.args))
+        tqdm.write(worth_of_prior(record, args))
 
 
 # --------------------------------------------------------------------------------- setting a run up
@@ -553,10 +572,8 @@ def open_cache(args: argparse.Namespace, codec: Codec) -> None:
 # -------------------------------------------------------------------------- checkpoints and the log
 
 # The flags, besides those in Config, on which a run's result depends: a resumed run repeats them.
-RECORDED = """
-    image_size channels held_out batch_size lr lem_lr_factor warmup p_s flip seed precision
-    ema_decay
-""".split()
+RECORDED = "image_size channels held_out batch_size lr lem_lr_factor warmup p_s flip seed".split()
+RECORDED += ["precision", "ema_decay"]
 
 
 def lock(folder: Path) -> FileLock | nullcontext:
@@ -593,31 +610,6 @@ def resume(path: Path, modules: dict, facts: dict) -> int:
     for name, module in modules.items():
         module.load_state_dict(saved[name])
     return saved["step"]
-
-
-def summarise(run: Run, step: int, results: list[Tensor]) -> dict:
-    """The losses, gradient norm and rate of an interval that ends with `step`, over all ranks. They
-    are read here and not in each step, so that a GPU need not wait. Raises FloatingPointError that
-    names the first step that is not finite."""
-    ranks = rank_and_world_size()[1]
-    table = torch.stack(results, dim=1)  # (4, steps)
-    if ranks > 1:
-        dist.all_reduce(table)
-    table /= ranks
-    bad = (~table.isfinite().all(0)).nonzero()
-    if len(bad):
-        first = step - len(results) + 1 + int(bad[0])
-        fault = f"the loss of step {first} (or its gradient) is not finite"
-        raise FloatingPointError(f"{fault}; ckpt.pt is from before; a lower --lr needs a new run")
-    loss, sum_prior, sum_S, norm = table.mean(1).tolist()
-    record = {"step": step, "loss": loss}
-
-    # The sums become means over all images with their prior and over all with S.
-    if run.args.latent_tokens:
-        number_S = round(run.args.p_s * run.args.batch_size)
-        record["loss_prior"] = sum_prior * ranks / (run.args.batch_size - number_S)
-        record["loss_S"] = sum_S * ranks / number_S
-    return record | {"grad_norm": norm, "lr": run.modules["optimizer"].param_groups[0]["lr"]}
 
 
 @torch.no_grad()
@@ -702,7 +694,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The flags. Those without a default here get it below, to suit data and model."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.epilog = "Most defaults of None are replaced to suit --data, --vae and --model."
-    switch = argparse.BooleanOptionalAction
     share = bounded(float, 0, 1)
     natural = bounded(int, 1)
     count = bounded(int, 0)
@@ -712,7 +703,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cache", help="folder for the latents of --vae, which are encoded once")
     add("--model", default="DoD-Ti", choices=CONFIGS, help="preset; those named -Ti suit a CPU")
     add("--out", type=Path, help="folder of the run; default: out/ and the name of the data")
-    add("--resume", action=switch, default=False, help="continue the run in --out, if there is one")
+    add("--resume", action="store_true", help="continue the run in --out, if there is one")
 
     # Shapes. Their defaults come from --data and --model.
     add("--image-size", type=natural, help="pixels; images are cropped and resized")
@@ -721,7 +712,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--latent-tokens", type=count, help="N, Table 2; 0: no LEM (FiTv2)")
     add("--prior-from", choices=["lem", "patches", "means"], default="lem", help="see lem.py")
     add("--class-groups", type=natural, help="K: merge neighbouring classes; 1: unconditional")
-    add("--flip", action=switch, help="mirror images at random")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random")
     add("--held-out", type=bounded(float, 0, 0.9), default=0.1, help="share, at most 5000 images")
 
     # The training itself, sections 3.3 and 4.1.
@@ -734,7 +725,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
     add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, help="same seed: same run")
     add("--precision", choices=["fp32", "bf16"], help="of autocast; default: bf16 on CUDA")
-    add("--compile", action=switch, default=False, help="compile the blocks by torch.compile")
+    add("--compile", action="store_true", help="compile the blocks by torch.compile")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--workers", type=count, default=0, help="processes that load images, for each rank")
 
@@ -760,8 +751,7 @@ def main() -> None:
     """Makes sure that --out is free, joins the other ranks, and trains."""
     args = parse(sys.argv[1:])
     args.device = pick_device(args.device)
-    if not args.precision:
-        args.precision = "bf16" if args.device.type == "cuda" else "fp32"
+    args.precision = args.precision or ("bf16" if args.device.type == "cuda" else "fp32")
     if args.cache and args.vae == "none":
         raise UserError("--cache keeps latents; without --vae there are none")
     if rank_and_world_size()[0] > 0:
