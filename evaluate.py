@@ -214,7 +214,7 @@ def build_classifier(size: int, channels: int, classes: int) -> nn.Sequential:
 
 
 def train_classifier(network: nn.Module, images: Array, y: Array, steps: int = 500) -> None:
-    """Fits the classifier to uint8 images and classes y (n,) within a minute, in one thread.
+    """Fits the classifier to uint8 images (n, channels, size, size) and classes y (n,), on a CPU.
     CHOICE: each image gets noise of up to 24 of 255 grey levels; without this noise the features
     react more to faint noise than to scrambled letters."""
     threads = torch.get_num_threads()
@@ -245,8 +245,7 @@ def classifier(checkpoint: dict, training: Labelled) -> tuple[Callable, str]:
     key = repr([checkpoint[name] for name in ("fingerprint", "image_size", "channels", "held_out")])
     file = Path(f"out/classifier-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt")
     shipped = SHIPPED.with_name(file.name)  # since another CPU would learn another
-    if shipped.exists():
-        file = shipped
+    file = shipped if shipped.exists() else file
     if file.exists():
         network.load_state_dict(torch.load(file, weights_only=True))
     else:
@@ -383,17 +382,17 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
     """Opens --ckpt -> checkpoint, model, codec, training images, held-out images. Raises UserError
     for other images than the run's own, and for a plain FiTv2 where LEM is needed."""
     checkpoint = load_checkpoint(args.ckpt)
-    device = pick_device(args.device)
-    model = load_model(checkpoint, device)
+    model = load_model(checkpoint, pick_device(args.device))
     if needs_lem and not model.config.N:
         raise UserError(f"{args.ckpt} is a plain FiTv2: it has no LEM, and stage 1 only")
-    codec = load_codec(args.vae or checkpoint["codec"], device, checkpoint)
+    codec = load_codec(args.vae or checkpoint["codec"], model.device, checkpoint)
 
     # The same images, split and grouped in the same way; they may have moved.
     data = args.data or checkpoint["data"]
     settings = [checkpoint[name] for name in ("image_size", "channels", "held_out")]
     cache = getattr(args, "cache", None)
     if cache:
+        (Path(cache) / "latents.fp16").stat()  # FileNotFoundError: nothing is encoded here
         facts = checkpoint | {"data": data, "cache": cache, "workers": 0}
         open_cache(argparse.Namespace(**facts), codec)
     training, held_out, fingerprint = load_data(data, *settings, model.config.num_classes, cache)
@@ -455,8 +454,7 @@ def draw_stage(
     fake = measure(images, run.network, what)
     row = {"what": what, "w": w, "evaluations": nfe.double().mean().item()}
     row |= compare(run.held_out, fake)
-    training = statistics(run.training.pool)  # mean, covariance
-    row["fid_training"] = frechet_distance(*training, *statistics(fake.pool))
+    row["fid_training"] = frechet_distance(*statistics(run.training.pool), *statistics(fake.pool))
     run.rows.append(row)
     return row, images, z0, fake
 
@@ -522,7 +520,7 @@ def samples(args: argparse.Namespace) -> None:
     if len(real_items):
         row |= compare(measure(read_images(real_items), network, args.ref), fake)
     for key, x, end in (("fid", fake.pool, ""), ("sfid", fake.spatial, "_s")):
-        if "mu" + end in moments:
+        if {"mu" + end, "sigma" + end} <= moments.keys():
             reference = (moments["mu" + end], moments["sigma" + end])
             row[key] = frechet_distance(*reference, *statistics(x))
     if args.paired:
@@ -541,8 +539,8 @@ def probe(args: argparse.Namespace) -> None:
     CHOICE: of their mean and of all of them; the paper does not say how it pools them. Raises
     UserError without LEM or held-out images, for one class, or if --cache is not the run's own."""
     checkpoint, model, codec, training, held_out = open_run(args, needs_lem=True)
-    if len(training.original_classes) < 2 or not len(held_out):
-        raise UserError(f"{args.ckpt} has one class or no held-out images: there is no probe")
+    if len(set(training.original_labels[: args.num])) < 2 or not len(held_out):
+        raise UserError("the probe needs held-out images, and two classes or more in --num others")
 
     def tokens(data):
         """-> l_hat (n, N, d_e) of the first --num images, and their original classes (n,)."""
@@ -575,13 +573,15 @@ def plot_and_report(run: Evaluation) -> None:
         points = sorted((row["w"], row["fid"]) for row in run.rows if row["what"] == what)
         axes.plot(*zip(*points, strict=True), "o-", label=what)
     axes.axhline(run.rows[0]["fid"], color="black", linestyle=":", label="training images")
-    axes.set(yscale="log", xlabel="guidance scale w", ylabel="FID to held-out images")
+    ylabel = f"FID to {len(run.images)} held-out images, by {run.args.features}"
+    axes.set(yscale="log", xlabel="guidance scale w", ylabel=ylabel)
     axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")  # 10, not 10^1
     axes.legend()
     with replacing(run.args.out.with_suffix(".png")) as temporary:
         axes.figure.savefig(temporary, dpi=120)
-    report(run.args, run.rows, {"count": len(run.images), "checkpoint": run.checkpoint})
+    facts = {"count": len(run.images), "solver": "euler", "checkpoint": run.checkpoint}
+    report(run.args, run.rows, facts)
 
 
 def report(args: argparse.Namespace, rows: list[dict], facts: dict) -> None:

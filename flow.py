@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # f(x, t, rows) -> dx/dt, see dopri5
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # f(x, t, rows) -> dx/dt, see euler
 
 # ----------------------------------------------------------------------- training: Eqs. 1, 3 and 11
 
@@ -205,14 +205,14 @@ def dopri5(
     """Eq. 4 with Dormand and Prince's adaptive Runge-Kutta method, from t = 1 to exactly t = 0.
 
     x1 (B, ...) noise -> x0 (B, ...) and the evaluations of f spent on each image (B,).
-    f(x, t, rows) -> dx/dt (b, ...) at states x (b, ...) and times t (b,); `rows` (b,) says which of
-    the B images these are. rtol, atol: the error allowed in a step, relative to x and absolute.
+    f: as in euler, for the images still running. rtol, atol: a step's error, relative and absolute.
 
     Every image has its own time and step size, as if it were alone: an image whose step is rejected
     tries again while the others advance, and an image that has finished leaves the batch. So the
     result is that of SciPy's `RK45` for each image alone (the same norm and factors).
-    DEVIATION: the paper says "dopri5, same as SiT". The tolerances are SiT's, but SiT's solver
-    shares one step size among a batch and its unconditional half, and interpolates at t = 0.
+    DEVIATION: the paper says "dopri5, same as SiT". The tolerances are SiT's and FiTv2's, but their
+    solver shares one step size, which never shrinks after a success, among a batch and its
+    unconditional half, and interpolates at t = 0.
 
     Raises FloatingPointError if f is not finite or a step becomes too small to advance t.
     """
@@ -228,7 +228,7 @@ def dopri5(
     was_rejected = torch.zeros_like(rows, dtype=torch.bool)
 
     while len(rows):
-        # 1. The last step is cut so that it ends at t = 0.
+        # 1. The last step is cut so that it ends at t = 0. A much smaller one would not change t.
         h_now = torch.minimum(h[rows], t[rows])
         if not (h_now >= 10 * torch.finfo(t.dtype).eps * t[rows]).all():
             raise FloatingPointError(f"RK45's step is too small at t = {t[rows].min().item():.6f}")

@@ -241,8 +241,8 @@ class FiTv2(nn.Module):
 
     @property
     def null_class(self) -> int:
-        """The label that stands for "no class". With one class, the null label is that class
-        itself, so class dropout changes nothing, and guidance acts on the prior alone."""
+        """The label that stands for "no class". CHOICE: with one class, it is that class itself, so
+        class dropout changes nothing, and guidance acts on the prior alone."""
         return self.config.num_classes if self.config.num_classes > 1 else 0
 
     def condition(self, t: Tensor, y: Tensor, e_s: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -52,21 +52,21 @@ class Sampler:
     steps: int = 50  # Euler's steps in each stage; RK45 chooses its own
     seed: int = 0  # the noise of image n is a function of (seed, n, stage)
     first_stage: int = 0  # stages done before: generate() begins with the noise of the next one
+    path: list | None = None  # each evaluation adds its x_t, and the x_0 to which v points there
 
 
 @torch.no_grad()
 def generate(
     model: FiTv2 | DoD, y: Tensor, stages: int = 2, w: float | list[float] | None = None,
-    sampler: Sampler = Sampler(), start: int = 0, prior: Tensor | None = None,
-    batch_size: int = 256, path: list[tuple[Tensor, Tensor]] | None = None,
+    sampler: Sampler = Sampler(), start: int = 0, prior: Tensor | None = None, batch_size: int = 256
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Multi-stage sampling (section 3.2): classes y (B,) -> [z_0^1, z_0^2, ...], [nfe, nfe, ...],
     for each stage its samples (B, C, H, W) and the evaluations of v for each image (B,).
 
     w: guidance scales >= 1 (1 is off), a list with one for each stage; one number is for all stages
     that have a prior, and None is the model's own. Image b is number start + b of the seed. prior:
-    (B, C, H, W) latents that take the place of a previous stage's samples in stage 1. path: see
-    sample_stage. Raises UserError for what the model cannot do."""
+    (B, C, H, W) latents that take the place of a previous stage's samples in stage 1. Raises
+    UserError for what the model cannot do, FloatingPointError if RK45 meets an infinite v."""
     # Section 3.3: no guidance in the first stage, strong guidance wherever there is a prior.
     config = model.config
     if not isinstance(w, list):
@@ -94,7 +94,7 @@ def generate(
         for i in range(stages):
             z1 = stage_noise(shape, sampler.seed, numbers, sampler.first_stage + i).to(y.device)
             e_s = None if z0 is None else model.visual_prior(z0)  # (B, T, d), once a stage
-            z0, spent = sample_stage(model, z1, y[group], e_s, w[i], sampler, path)
+            z0, spent = sample_stage(model, z1, y[group], e_s, w[i], sampler)
             samples[i].append(z0)
             nfe[i].append(spent)
     return [torch.cat(parts) for parts in samples], [torch.cat(parts) for parts in nfe]
@@ -112,13 +112,12 @@ def stage_noise(shape: tuple[int, ...], seed: int, numbers: range, stage: int) -
 
 
 def sample_stage(
-    model: FiTv2 | DoD, z1: Tensor, y: Tensor, e_s: Tensor | None, w: float, sampler: Sampler,
-    path: list[tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    model: FiTv2 | DoD, z1: Tensor, y: Tensor, e_s: Tensor | None, w: float, sampler: Sampler
+) -> tuple[Tensor, Tensor]:
     """One stage of Fig. 3a, Eq. 4: noise z1 (B, C, H, W) -> z0, of the same shape, and nfe (B,).
     y (B,) classes; e_s (B, T, d) visual prior, or None (S); w guidance scale. nfe counts the
-    evaluations of v; a guided one runs the network twice. Each adds to `path` its x_t, and the x_0
-    to which v points from there. ValueError for w < 1, FloatingPointError if v is not finite."""
+    evaluations of v; a guided one runs the network twice. Raises ValueError for w < 1,
+    FloatingPointError if RK45 meets a v that is not finite."""
     # CHOICE: the paper does not say what the unconditional branch drops. Ours drops both class and
     # prior: v_u = v(null class, S).
     null = torch.full_like(y, model.null_class)  # (B,)
@@ -130,8 +129,8 @@ def sample_stage(
         if w != 1:
             v_u = model(x, t, null[rows]).to(x.dtype)  # the unconditional branch, with S
             v = guide(v, v_u, w)  # v_u + w (v_c - v_u)
-        if path is not None:
-            path.append((x, x - t.view(-1, 1, 1, 1) * v))  # Eq. 1: x_0 = x_t - t v
+        if sampler.path is not None:
+            sampler.path.append((x, x - t.view(-1, 1, 1, 1) * v))  # Eq. 1: x_0 = x_t - t v
         return v
 
     # Section 3.3 samples with dopri5; Table 4, which counts compute, with Euler's method.
@@ -211,10 +210,10 @@ def draw_path(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sample
     """Draws one image of the first class on its way, at the Euler steps of each stage: a row of
     x_t, and a row of the x_0 to which the velocity points from there."""
     steps = args.steps or 10
-    sampler = replace(sampler, solver="euler", steps=steps)
-    y = torch.tensor(args.classes[:1], device=model.device)
     path = []
-    generate(model, y, len(args.w), args.w, sampler, path=path)
+    sampler = replace(sampler, solver="euler", steps=steps, path=path)
+    y = torch.tensor(args.classes[:1], device=model.device)
+    generate(model, y, len(args.w), args.w, sampler)
     blocks = []
     for i, w in enumerate(args.w):
         x_t, x_0 = zip(*path[i * steps : (i + 1) * steps], strict=True)  # each (1, C, H, W)
@@ -226,10 +225,9 @@ def draw_path(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sample
 def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
     """--npz FILE.npz: images of the last stage in one file for guided-diffusion's evaluator, arr_0
     uint8 (n, H, W, 3) and arr_1 their classes, and in a folder FILE as NUMBER-CLASS.png. Image n is
-    a function of (seed, n). The ranks take turns in chunks of --batch-size numbers. Given a folder
-    --prior-data, with a folder for each class, prior n is its image shuffled_order(count)[n], so
-    those that train.py holds out come first, and image n has the class of its prior. The folder
-    FILE-priors gets the priors. Raises UserError for other classes."""
+    a function of (seed, n). Given --prior-data, prior n is its image shuffled_order(count)[n], and
+    image n has its class; in the run's own folder, as it was in training, those held out come
+    first. The folder FILE-priors gets the priors. Raises UserError for other classes."""
     if args.prior_data:
         names, files, labels = image_files(args.prior_data)
         if names != checkpoint["classes"]:
@@ -248,9 +246,8 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
     folder = args.npz.with_suffix("")
     priors = args.npz.with_name(f"{folder.name}-priors")
     if rank == 0:
-        refuse_existing(args.npz, ".npz")
-        refuse_existing(folder)
-        refuse_existing(priors)
+        for path, suffix in ((args.npz, ".npz"), (folder, None), (priors, None)):
+            refuse_existing(path, suffix)
     barrier()  # rank 0 has looked before any rank begins to write
 
     def save(images: Tensor, where: Path, chunk: range) -> None:
@@ -265,17 +262,20 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
         if args.prior_data:
             opened = [open_image(files[order[n]], side, checkpoint["channels"]) for n in chunk]
             images = torch.stack(opened)
-            save(images, priors, chunk)
             prior = codec.encode(images)
         labels = torch.tensor([y[n] for n in chunk], device=model.device)
-        samples, _ = generate(model, labels, len(w), w, sampler, chunk.start, prior, len(chunk))
+        samples, nfe = generate(model, labels, len(w), w, sampler, chunk.start, prior, len(chunk))
         save(codec.decode(samples[-1]), folder, chunk)
+        if args.prior_data:
+            save(images, priors, chunk)
     barrier()  # until all files are there
 
     # The folder says how it was made. The .npz is made from its files, image by image: 50,000 of
     # 256 x 256 take 9.8 GB of memory.
     if rank == 0:
-        facts = vars(args) | {"step": checkpoint["step"]}
+        facts = vars(args) | {"step": checkpoint["step"], "number": len(y), "w": w}
+        evaluations = nfe[-1].double().mean().item()  # of v for an image of the last chunk
+        facts |= {"sampler": asdict(sampler), "evaluations": evaluations}
         (folder / "about.json").write_text(json.dumps(facts, indent=1, default=str))
         images = np.empty((len(y), side, side, 3), np.uint8)
         for i, picture in enumerate(pictures):
@@ -303,7 +303,7 @@ def bounded(kind: type, low: float, high: float = math.inf) -> Callable:
 
 
 def parse_classes(text: str, names: list[str]) -> list[int]:
-    """ "cat,dog", or numbers like "207,360" where no class has that name -> class numbers."""
+    """ "cat,dog", or where no class has that name "207,360" -> numbers. UserError if unknown."""
     known = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
     for word in text.split(","):
         if word not in known:
@@ -321,7 +321,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--classes", help="names or numbers, with commas; None: the first ten, in a set all")
     add("--stages", type=natural, help="None: 2; without LEM: 1")
     add("--cfg", type=scale, help="guidance with a prior; None: the model's own")
-    add("--cfg-stage1", type=scale, help="class guidance; None: off; 2nd block of a grid: 2")
+    add("--cfg-stage1", type=scale, help="class guidance; None: off, but 2 (for letters) in a grid")
     add("--steps", type=natural, help="Euler steps in each stage; None: RK45, but 10 for --path")
     add("--batch-size", type=natural, default=256, help="images sampled at a time")
     add("--precision", choices=["fp32", "tf32"], default="fp32", help="tf32: faster, on NVIDIA")
@@ -434,9 +434,9 @@ def open_image(path: str | Path, size: int, channels: int) -> Tensor:
 
 
 class Codec:
-    """Images <-> latents: Stable Diffusion's VAE (section 3.3), diffusers' AutoencoderKL, in fp32,
+    """Images <-> latents: Stable Diffusion's VAE (section 3.3), diffusers' AutoencoderKL,
     256 x 256 x 3 <-> 32 x 32 x 4. With vae = None the latent is the image itself, in [-1, 1].
-    CHOICE: the VAE is ft-EMA's (README), and training takes samples, as SiT does."""
+    CHOICE: it is ft-EMA's (README), in fp32, and training takes samples, as SiT and FiTv2 do."""
 
     def __init__(self, name: str = "none", vae: nn.Module | None = None):
         self.name = name

@@ -572,6 +572,8 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     flags += " --warmup 2 --ema-decay 0.5 --precision bf16"
     assert run(train, *QUICK, *flags.split(), "--data", data, "--out", tmp_path / "out") == 0
 
+    assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+
     # What each step should have been given, put together by hand. Images are mirrored by default.
     images, held_out, _ = train.load_data(str(data), 8, 3, 0.25, 2)
     files = sorted(map(str, data.rglob("*.png")))
@@ -865,6 +867,8 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
     with interrupted, pytest.raises(StopIteration):
         run(train, *flags, "--out", tmp_path / "b")
     assert not (tmp_path / "cache/latents.fp16").exists()
+    with train.lock(tmp_path / "cache"):  # as another run does that encodes
+        assert run(train, *flags, "--out", tmp_path / "b") == 2
 
     # Encoded, then read when the images are gone: the same latents, up to the rounding to fp16.
     assert run(train, *flags, "--steps", 1, "--out", tmp_path / "c") == 0
@@ -878,6 +882,8 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
     for key, value in (("data", "letters"), ("image-size", 32), ("vae", other)):
         assert run(train, *flags, f"--{key}", value, "--out", tmp_path / "e") == 2
         assert f"was made with {key.replace('-', '_')} " in capfd.readouterr().err
+    os.truncate(tmp_path / "cache/latents.fp16", 99)
+    assert run(train, *flags, "--out", tmp_path / "e") == 2
 
 
 def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae, tmp_path):
@@ -996,6 +1002,8 @@ def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(trained, t
     for process in launch(sample, *flags, 9, "--npz", tmp_path / "two.npz", ranks=2):
         process.join(60)
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+
+    assert not torch.backends.cudnn.allow_tf32
 
     # They are those of stage 2, at the model's own scale. Labels have a stream of their own.
     assert y.tolist() == [[1, 3, 2][np.random.default_rng((7, 3, n)).integers(3)] for n in range(9)]
@@ -1271,8 +1279,9 @@ def test_the_classifier_is_the_same_bytes_each_time_and_kept(letters_ckpt):
     assert close(look(images)[1], network.eval()(images / 127.5 - 1), 1e-4)
 
     # Other images have another one.
-    evaluate.classifier(saved | {"held_out": 0.2}, TRAINING)
-    assert evaluate.train_classifier.call_count == 3
+    for count, change in enumerate(({"held_out": 0.2}, {"image_size": 8}, {"fingerprint": "x"}), 3):
+        evaluate.classifier(saved | change, TRAINING)
+        assert evaluate.train_classifier.call_count == count
 
 
 def test_the_classifier_learns_under_noise_of_0_to_24_grey_levels():
@@ -1457,6 +1466,11 @@ def test_table5_samples_are_compared_with_images_and_moments(monkeypatch):
     expected["ssim"] = evaluate.ssim(x[:9], x[9:]).mean().item()
     assert row == pytest.approx(expected)
 
+    # A reference may be moments alone.
+    np.savez("moments.npz", **mu)
+    (row,) = rows_of("samples", "--ref", "moments.npz", "--samples", "fakes")
+    assert row == pytest.approx({"what": "fakes", "fid": expected["fid"]})
+
     # Images of several sizes have no features in common.
     with pytest.raises(UserError, match="images of one size"):
         evaluate.measure([x[0], x[0, :, 1:]], thin, "mixed")
@@ -1504,9 +1518,9 @@ def main() -> None:
         network, modules = train.build(given, config)
         generator = torch.Generator(device)
         x1, x0, t, dropped = train.draw_noise(0, 1, args.batch_size, config, generator)
-        kept = torch.arange(1, len(t) if config.N else 1, 2, device=device)
+        with_prior = torch.arange(1, len(t) if config.N else 1, 2, device=device)
         data = (x0, x1, t, dropped.long())
-        state = (network, modules["ema"], modules["optimizer"], data, kept, 1, cuda)
+        state = (network, modules["ema"], modules["optimizer"], data, with_prior, 1, cuda)
 
         # The mean of several steps, with a GPU's work finished; timeit() runs two more to warm up.
         timer = Timer("step(*state)", globals={"step": train.training_step, "state": state})

@@ -133,8 +133,8 @@ def train(args: argparse.Namespace) -> None:
     bar = tqdm(run.steps, initial=done, total=args.steps, mininterval=1, disable=rank > 0)
     try:
         for step in bar:
-            # This rank's images, or what a cache has of them, and classes. The time spent waiting
-            # for them tells whether the loader keeps up with the device.
+            # This rank's images, or what a cache has of them, and classes. Waiting for them while
+            # the device has nothing to do means that the loader does not keep up.
             asked = time.time()
             try:
                 x, y = next(images)
@@ -144,7 +144,8 @@ def train(args: argparse.Namespace) -> None:
                     save_checkpoint(args.out / "ckpt.pt", run.facts, step - 1, run.modules)
                 # A traceback would keep the loader's workers alive; the error's text quotes theirs.
                 raise (error.with_traceback(None) if args.workers else error) from None
-            waited += time.time() - asked
+            if args.device.type != "cuda" or torch.cuda.current_stream().query():
+                waited += time.time() - asked
 
             # Noise, times and dropped classes are drawn for the global batch: this is our share.
             draws = draw_noise(args.seed, step, args.batch_size, model.config, generator)
@@ -155,8 +156,9 @@ def train(args: argparse.Namespace) -> None:
             # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * min(1, step / max(1, args.warmup))
-            settings = (run.with_prior, step, args.precision == "bf16", args.ema_decay)
-            results.append(training_step(run.network, ema, optimizer, (x0, x1, t, y), *settings))
+            batch = (x0, x1, t, y)
+            rest = (run.with_prior, step, args.precision == "bf16", args.ema_decay)
+            results.append(training_step(run.network, ema, optimizer, batch, *rest))
 
             # Several ranks vote at every tenth step only, for a vote waits for the GPU.
             stop = bool(signals) and ranks == 1
@@ -201,8 +203,8 @@ def after_interval(
     table /= ranks
     bad = (~table.isfinite().all(0)).nonzero()
     if len(bad):
-        first = step - len(results) + 1 + int(bad[0])
-        fault = f"the loss of step {first} (or its gradient) is not finite"
+        bad_step = step - len(results) + 1 + int(bad[0])
+        fault = f"the loss of step {bad_step} (or its gradient) is not finite"
         raise FloatingPointError(f"{fault}; ckpt.pt is from before; a lower --lr needs a new run")
     loss, sum_prior, sum_S, norm = table.mean(1).tolist()
     seconds = time.time() - began  # by now a GPU has finished these steps
@@ -218,7 +220,7 @@ def after_interval(
         record["loss_S"] = sum_S * ranks / number_S
     record |= {"grad_norm": norm, "lr": run.modules["optimizer"].param_groups[0]["lr"]}
 
-    # How fast it was: TFLOP/s of each rank, the share of the time spent waiting for images.
+    # How fast it was: TFLOP/s of each rank, the share of the time that this rank was starved.
     images_per_s = len(results) * args.batch_size / seconds
     flops = training_flops(run.modules["ema"].config, args.p_s)  # of an image
     record |= {"images_per_s": images_per_s, "seconds": seconds}
@@ -227,6 +229,7 @@ def after_interval(
         record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
 
     # The held-out loss belongs to the record. Should it fail, the steps are saved all the same.
+    # ckpt.pt comes last: whatever a kill leaves out before it, the resumed run does again.
     try:
         if save and run.held_out:
             record |= held_out_loss(run)
@@ -269,21 +272,21 @@ def set_up(args: argparse.Namespace) -> Run:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
 
-    # Data, the model that fits them, and this rank's share of each batch. An unreadable held-out
+    # This rank's share of each batch, data, and the model that fits them. An unreadable held-out
     # image would end the run half-way, so they are read now.
+    share, with_prior = divide_batch(args)
     codec = load_codec(args.vae, args.device)
     if args.cache:
         open_cache(args, codec)
-    settings = (args.image_size, args.channels, args.held_out, args.class_groups, args.cache)
-    training, others, fingerprint = load_data(args.data, *settings)
-    held_out = [others[i, False] for i in range(min(256, len(others)))]
+    given = (args.image_size, args.channels, args.held_out, args.class_groups, args.cache)
+    training, held_out_data, fingerprint = load_data(args.data, *given)
+    held_out = [held_out_data[i, False] for i in range(min(256, len(held_out_data)))]
     channels, side = codec.latent_shape(args.channels, args.image_size)
     config = replace(
         CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=side,
         latent_channels=channels, num_classes=len(training.classes), w=args.w,
         prior_from=args.prior_from,
     )  # fmt: skip
-    share, with_prior = divide_batch(args, config.N > 0)
 
     # Model, EMA and optimizer: new, or as they were in the checkpoint of this very run.
     facts = {name: getattr(args, name) for name in RECORDED}
@@ -371,7 +374,7 @@ def batches(count: int, batch_size: int, seed: int, flip: bool, steps: range) ->
         yield [(i, flip and bool(f)) for i, f in zip(numbers, flipped, strict=True)]
 
 
-def divide_batch(args: argparse.Namespace, lem: bool) -> tuple[slice, Tensor]:
+def divide_batch(args: argparse.Namespace) -> tuple[slice, Tensor]:
     """-> this rank's contiguous share of the global batch; which images of it keep their prior, as
     indices on the device. Raises UserError where S or LEM would go untrained."""
     rank, ranks = rank_and_world_size()
@@ -379,8 +382,9 @@ def divide_batch(args: argparse.Namespace, lem: bool) -> tuple[slice, Tensor]:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by {ranks} ranks")
 
     # Which images keep their prior is decided for the global batch. FiTv2 has no priors.
-    keeps = keeps_prior(args.batch_size, args.p_s if lem else 1).view(ranks, -1)
-    if lem and (keeps.all() or not keeps.any(dim=1).all()):
+    N = args.latent_tokens
+    keeps = keeps_prior(args.batch_size, args.p_s if N else 1).view(ranks, -1)
+    if N and (keeps.all() or not keeps.any(dim=1).all()):
         fault = f"--p-s {args.p_s} leaves S without an image, or LEM in one of {ranks} ranks"
         raise UserError(f"{fault}; raise --batch-size, or choose 0 < p_s < 1")
     size = args.batch_size // ranks
@@ -502,7 +506,7 @@ def load_data(
     return training, Labelled(classes, labels[:cut], members[:cut], load, K), fingerprint
 
 
-open_file = lru_cache(os.open)
+open_file = lru_cache(os.open)  # so each process opens the file once
 
 
 def read_latents(i: int, file: Path, shape: list[int]) -> Tensor:
@@ -530,6 +534,7 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: d
         if rank == 0:
             about = settings | {"made": time.ctime(), "shape": shape, "fingerprint": fingerprint}
             about |= {"classes": images.classes, "labels": images.labels.tolist()}
+            about["bytes"] = 2 * len(images) * math.prod(shape)
             file.with_name("about.json").write_text(json.dumps(about))
             path.write_bytes(b"")
         barrier()
@@ -561,12 +566,13 @@ def open_cache(args: argparse.Namespace, codec: Codec) -> None:
         with lock(file.parent):
             encode_cache(file, args, codec, settings)
 
-    # Latents of another data set, VAE or size would silently train another model.
-    about = json.loads(file.with_name("about.json").read_text())
+    # Latents of other data, by another VAE or cut short would silently train another model.
+    settings["bytes"] = file.stat().st_size
+    old = json.loads(file.with_name("about.json").read_text())
     for key, value in settings.items():
-        if about[key] != value:
-            raise UserError(f"--cache {args.cache} was made with {key} {about[key]}, not {value}")
-    print(f"--cache has {len(about['labels'])} images, of {about['made']}")
+        if old.get(key) != value:
+            raise UserError(f"--cache {args.cache} was made with {key} {old.get(key)}, not {value}")
+    print(f"--cache has {len(old['labels'])} images, {len(old['classes'])} classes, {old['made']}")
 
 
 # -------------------------------------------------------------------------- checkpoints and the log
@@ -675,11 +681,11 @@ def plot_log(log: Path, out: Path) -> None:
 
 # ------------------------------------------------------------------------------------------ command
 
-# Defaults that depend on --data, --vae and --model. FOLDER serves any folder of images. w, the
+# Defaults that depend on --data, --vae and --model. FOLDER_DATA serves any folder of images. w, the
 # guidance scale, is that of section 4.2 with --vae, and for the letters the best of a scan.
 LETTER_DATA = dict(image_size=16, channels=1, patch_size=4, flip=False, w=3.0)
-FOLDER = dict(image_size=32, channels=3, patch_size=4, flip=True, w=3.5)
-IMAGENET = dict(image_size=256, channels=3, patch_size=2, flip=True, w=5.5)  # with --vae
+FOLDER_DATA = dict(image_size=32, channels=3, patch_size=4, flip=True, w=3.5)
+VAE_DATA = dict(image_size=256, channels=3, patch_size=2, flip=True, w=5.5)  # with --vae
 # CHOICE: DoD-Ti learns at 20 times the paper's rate, after a warm-up, and LEM at a quarter of that.
 # With ten classes and one rate, the gap (loss with S minus loss with a prior) was 0.046 to 0.063
 # after 2,500 steps, in three seeds; with a quarter, 0.082 to 0.092. But unguided stage 1 got worse,
@@ -736,9 +742,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     # Defaults that suit the data, then those that suit the model. What the user gives stays.
-    defaults = LETTER_DATA if args.data == "letters" else FOLDER
+    defaults = LETTER_DATA if args.data == "letters" else FOLDER_DATA
     if args.vae != "none":
-        defaults = IMAGENET
+        defaults = VAE_DATA
     preset = CONFIGS[args.model]
     paper = PAPER | dict(patch_size=preset.p, w=preset.w)
     defaults = defaults | (SMALL if args.model.endswith("-Ti") else paper)
