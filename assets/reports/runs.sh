@@ -11,10 +11,10 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
 mkdir -p out/reports
 
-# train RUN STEPS FLAGS: trains a model, and keeps the weights after 1,250, 2,500, 3,750, ... steps.
+# train RUN STEPS FLAGS: trains a model, and keeps the weights after 2,500, 5,000, 7,500, ... steps.
 train() {
   run=$1; steps=$2; shift 2
-  python train.py --out "out/$run" --steps "$steps" --keep-every 1250 --resume "$@"
+  python train.py --out "out/$run" --steps "$steps" --keep-every 2500 --resume "$@"
 }
 
 # report NAME RUN STEP COMMAND FLAGS: evaluates the weights of that step.
@@ -257,7 +257,6 @@ report groups10-fitv2-lr0.0014-0-2500 K10-fitv2-lr0.0014-seed0 2500 stages --cfg
 
 train K10-fitv2-seed0 20000 --model FiTv2-Ti --class-groups 10 --seed 0
 report groups10-fit0-10000 K10-fitv2-seed0 10000 stages --cfg-stage1 1.25 1.5 2 2.5 --steps 40
-report groups10-fit0-1250 K10-fitv2-seed0 1250 stages --cfg-stage1 2 3 4 6 --steps 40
 report groups10-fit0-20000 K10-fitv2-seed0 20000 stages --cfg-stage1 1.25 1.5 2 --steps 40
 report groups10-fit0-2500 K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 2.5 3 --steps 40
 report groups10-fit0-5000 K10-fitv2-seed0 5000 stages --cfg-stage1 1.25 1.5 2 --steps 40
@@ -371,7 +370,6 @@ report groups10-patches2-2500 K10-patches-seed2 2500 stages --stages 2 --cfg 1 1
 
 train K10-same-seed0 20000 --class-groups 10 --seed 0 --lem-lr-factor 1
 report groups10-lem0-10000 K10-same-seed0 10000 stages --stages 2 --cfg 1.5 2 2.5 3 --cfg-stage1 1.25 1.5 2
-report groups10-lem0-1250 K10-same-seed0 1250 stages --stages 2 --cfg 2 3 4 5.5 --cfg-stage1 2 4 6 8
 report groups10-lem0-20000 K10-same-seed0 20000 stages --stages 2 --cfg 1.5 2 2.5 3 --cfg-stage1 1.25 1.5 2
 report groups10-lem0-2500-wide K10-same-seed0 2500 stages --stages 2 --cfg 4 6 --cfg-stage1 6
 report groups10-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1 1.5 2 2.5 3 --cfg-stage1 1.5 2 2.5 3 4
@@ -379,9 +377,7 @@ report groups10-lem0-5000 K10-same-seed0 5000 stages --stages 2 --cfg 1.5 2 2.5 
 report groups10-same0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 # at 64e919d: report interval-0-0.5-lem0-2500-wide K10-same-seed0 2500 stages --stages 2 --cfg 6 8 --cfg-stage1  --interval 0,0.5
 # at 64e919d: report interval-0-0.5-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0,0.5
-# at 64e919d: report interval-0.25-1-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.25,1
 # at 64e919d: report interval-0.5-1-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.5,1
-# at 64e919d: report interval-0.75-1-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.75,1
 # at 64e919d: report prior-lem0-2500-wide K10-same-seed0 2500 stages --stages 2 --cfg 8 11 --cfg-stage1  --guide-on prior
 # at 64e919d: report prior-lem0-2500 K10-same-seed0 2500 stages --stages 2 --cfg 1.5 2 3 4 6 --cfg-stage1  --guide-on prior
 report probe-lem0-10000 K10-same-seed0 10000 probe
@@ -401,9 +397,7 @@ report groups10-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1 1.5 2 2.
 report groups10-same1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4
 # at 64e919d: report interval-0-0.5-lem1-2500-wide K10-same-seed1 2500 stages --stages 2 --cfg 6 8 --cfg-stage1  --interval 0,0.5
 # at 64e919d: report interval-0-0.5-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0,0.5
-# at 64e919d: report interval-0.25-1-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.25,1
 # at 64e919d: report interval-0.5-1-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.5,1
-# at 64e919d: report interval-0.75-1-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.75,1
 # at 64e919d: report prior-lem1-2500-wide K10-same-seed1 2500 stages --stages 2 --cfg 8 11 --cfg-stage1  --guide-on prior
 # at 64e919d: report prior-lem1-2500 K10-same-seed1 2500 stages --stages 2 --cfg 1.5 2 3 4 6 --cfg-stage1  --guide-on prior
 report probe-lem1-10000 K10-same-seed1 10000 probe
@@ -420,9 +414,7 @@ report groups10-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1 1.5 2 2.
 report groups10-same2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4
 # at 64e919d: report interval-0-0.5-lem2-2500-wide K10-same-seed2 2500 stages --stages 2 --cfg 6 8 --cfg-stage1  --interval 0,0.5
 # at 64e919d: report interval-0-0.5-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0,0.5
-# at 64e919d: report interval-0.25-1-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.25,1
 # at 64e919d: report interval-0.5-1-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.5,1
-# at 64e919d: report interval-0.75-1-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5 2 3 4 --cfg-stage1  --interval 0.75,1
 # at 64e919d: report prior-lem2-2500-wide K10-same-seed2 2500 stages --stages 2 --cfg 8 11 --cfg-stage1  --guide-on prior
 # at 64e919d: report prior-lem2-2500 K10-same-seed2 2500 stages --stages 2 --cfg 1.5 2 3 4 6 --cfg-stage1  --guide-on prior
 report stages3-lem2-2500 K10-same-seed2 2500 stages --cfg 1.5 2 2.5 --cfg-stage1 1.5 2 2.5 3 4
