@@ -69,6 +69,7 @@ HALF = torch.tensor([0, 3, 4])  # `with_prior` if three of its images keep their
 TRAINING, HELD_OUT, _ = train.load_data("letters", 16, 1, 0.1)
 PIXELS = sample.Codec()  # without a VAE: the latent is the image itself
 PLOT = Mock()  # stands in for train.plot_log, which takes a third of a second
+RATE = Mock(return_value=1e12)  # for train.matmul_rate, which takes as long
 
 
 def awake(config: Config = TINY) -> DoD:
@@ -394,7 +395,8 @@ def test_the_demonstrations_run(monkeypatch, capsys):
     model.print_table_1()
     assert re.search(r"85.71 M(.|\n)*DoD-B .* 243.4 +62.3 +3.81\n", capsys.readouterr().out)
 
-    # The benchmark of this file.
+    # The benchmark of this file, and the rate that run() replaces.
+    assert 1e8 < train.matmul_rate(torch.device("cpu"), bf16=False) < 1e14
     flags = ["--models", "DoD-Ti", "FiTv2-Ti", "--batch-size", 2, "--device", "cpu"]
     assert run(sys.modules[__name__], *flags) == 0
     assert re.search(r"\nDoD-Ti .*%.*\nFiTv2-Ti .*%.*\n", capsys.readouterr().out)
@@ -403,7 +405,7 @@ def test_the_demonstrations_run(monkeypatch, capsys):
 def run(module, *argv) -> int:
     """A script's command in this process -> its exit status."""
     sys_argv = patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
-    with sys_argv, patch.object(train, "plot_log", PLOT):
+    with sys_argv, patch.multiple(train, plot_log=PLOT, matmul_rate=RATE):
         try:
             return sample.run_command(module.main) or 0
         except SystemExit as leave:
@@ -618,10 +620,10 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     assert records_of(tmp_path / "out", *keys)[-1] == pytest.approx(torch.stack(expected).tolist())
 
     # In training, six images of a batch have their prior and two have S.
-    keys = ("loss", "loss_prior", "loss_S", "images_per_s", "tflops")
-    loss, with_prior, with_S, images_per_s, tflops = records_of(tmp_path / "out", *keys)[1]
+    keys = ("loss", "loss_prior", "loss_S", "images_per_s", "matmul_share")
+    loss, with_prior, with_S, images_per_s, share = records_of(tmp_path / "out", *keys)[1]
     assert 8 * loss == pytest.approx(6 * with_prior + 2 * with_S)
-    assert tflops == pytest.approx(images_per_s * model.training_flops(config, 0.25) / 1e12)
+    assert share == pytest.approx(images_per_s * model.training_flops(config, 0.25) / 1e12)
 
 
 def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, monkeypatch):
@@ -1385,10 +1387,12 @@ def test_table2_the_probe_reads_images_or_the_cache_of_the_run(colours, monkeypa
             assert close(everything[i], l_hat.flatten(1), 0.01)
             assert [*mean[i + 1]] == [*everything[i + 1]] == [*part.original_labels]
 
-    # The cache of another VAE is refused.
+    # The cache of another VAE is refused, and none is made.
     about = Path(shutil.copytree(colours / "cache", "other")) / "about.json"
     about.write_text(about.read_text().replace('"shift": 0.5', '"shift": 0.7'))
-    assert run(evaluate, "probe", "--ckpt", colours / "run/ckpt.pt", "--cache", "other") == 2
+    for cache in ("other", "typo"):
+        assert run(evaluate, "probe", "--ckpt", colours / "run/ckpt.pt", "--cache", cache) == 2
+    assert not Path("typo").exists()
 
 
 def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right():
@@ -1504,9 +1508,7 @@ def main() -> None:
 
     # The most that can be hoped for, in the precision of train.py.
     torch.set_float32_matmul_precision("high")
-    side = 4096 if cuda else 1024
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else None)
-    rate = 2 * side**3 / Timer("m @ m", globals={"m": matrix}).blocked_autorange().median
+    rate = train.matmul_rate(device, bf16=cuda)
     name = torch.cuda.get_device_name(device) if cuda else "one thread"
     print(f"{name}, torch {torch.__version__}: a matrix product runs at {rate / 1e12:.4g} TFLOP/s")
     print("model     compile   images/s   of that rate   GiB, peak")

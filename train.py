@@ -185,8 +185,7 @@ def train(args: argparse.Namespace) -> None:
 
     if rank == 0:
         plot_log(args.out / "log.jsonl", args.out / "loss.png")
-        for command in ("sample.py", "evaluate.py stages"):
-            print(f"next: python {command} --ckpt {args.out}/ckpt.pt")
+        print(f"next: python sample.py (or evaluate.py stages) --ckpt {args.out}/ckpt.pt")
 
 
 def after_interval(
@@ -220,13 +219,14 @@ def after_interval(
         record["loss_S"] = sum_S * ranks / number_S
     record |= {"grad_norm": norm, "lr": run.modules["optimizer"].param_groups[0]["lr"]}
 
-    # How fast it was: TFLOP/s of each rank, the share of the time that this rank was starved.
+    # How fast it was: the share of the time that this rank waited; each rank's share of the rate
+    # of a matrix product.
+    rate = matmul_rate(args.device, args.precision == "bf16")
     images_per_s = len(results) * args.batch_size / seconds
-    flops = training_flops(run.modules["ema"].config, args.p_s)  # of an image
-    record |= {"images_per_s": images_per_s, "seconds": seconds}
-    record |= {"tflops": images_per_s * flops / ranks / 1e12, "waiting_for_data": waited / seconds}
-    if args.device.type == "cuda":
-        record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    flops = images_per_s * training_flops(run.modules["ema"].config, args.p_s)  # in a second
+    record |= {"images_per_s": images_per_s, "seconds": seconds, "waiting_share": waited / seconds}
+    record |= {"matmul_rate": rate, "matmul_share": flops / ranks / rate}
+    record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30  # 0 without CUDA
 
     # The held-out loss belongs to the record. Should it fail, the steps are saved all the same.
     # ckpt.pt comes last: whatever a kill leaves out before it, the resumed run does again.
@@ -347,6 +347,19 @@ def build(args: argparse.Namespace, config: Config) -> tuple[nn.Module, dict]:
         network = DistributedDataParallel(model, gradient_as_bucket_view=True)
         network.broadcast_buffers = False  # they are constants, which need no exchange
     return network, {"model": model, "ema": ema, "optimizer": optimizer}
+
+
+@lru_cache
+def matmul_rate(device: torch.device, bf16: bool) -> float:
+    """FLOP/s of a product of two large matrices, measured once: the most a step can hope for."""
+    side = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else None)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the GPU
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
 
 
 def ignore_signals(worker: int) -> None:
