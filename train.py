@@ -713,6 +713,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The flags. Those without a default here get it below, to suit data and model."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.epilog = "Most defaults of None are replaced to suit --data, --vae and --model."
+    switch = argparse.BooleanOptionalAction
     share = bounded(float, 0, 1)
     natural = bounded(int, 1)
     count = bounded(int, 0)
@@ -722,7 +723,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cache", help="folder for the latents of --vae, which are encoded once")
     add("--model", default="DoD-Ti", choices=CONFIGS, help="preset; those named -Ti suit a CPU")
     add("--out", type=Path, help="folder of the run; default: out/ and the name of the data")
-    add("--resume", action="store_true", help="continue the run in --out, if there is one")
+    add("--resume", action=switch, default=False, help="continue the run in --out, if there is one")
 
     # Shapes. Their defaults come from --data and --model.
     add("--image-size", type=natural, help="pixels; images are cropped and resized")
@@ -731,7 +732,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--latent-tokens", type=count, help="N, Table 2; 0: no LEM (FiTv2)")
     add("--prior-from", choices=["lem", "patches", "means"], default="lem", help="see lem.py")
     add("--class-groups", type=natural, help="K: merge neighbouring classes; 1: unconditional")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror images at random")
+    add("--flip", action=switch, help="mirror images at random")
     add("--held-out", type=bounded(float, 0, 0.9), default=0.1, help="share, at most 5000 images")
 
     # The training itself, sections 3.3 and 4.1.
@@ -744,7 +745,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
     add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, help="same seed: same run")
     add("--precision", choices=["fp32", "bf16"], help="of autocast; default: bf16 on CUDA")
-    add("--compile", action="store_true", help="compile the blocks by torch.compile")
+    add("--compile", action=switch, default=False, help="compile the blocks by torch.compile")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--workers", type=count, default=0, help="processes that load images, for each rank")
 
