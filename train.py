@@ -24,9 +24,10 @@ import os
 import signal
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -36,7 +37,6 @@ import torch.distributed as dist
 from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
@@ -115,7 +115,7 @@ def training_step(
 
 def train(args: argparse.Namespace) -> None:
     """The training loop (section 4.1), from the step after the last checkpoint to --steps."""
-    run = set_up(args)
+    run = Run(args)
     model, ema, optimizer = [run.modules[name] for name in ("model", "ema", "optimizer")]
     rank, ranks = rank_and_world_size()
     generator = torch.Generator(args.device)
@@ -123,16 +123,17 @@ def train(args: argparse.Namespace) -> None:
 
     # From here on, Ctrl-C and SIGTERM only leave a note: no step is left half done.
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, frame: signals.append(signum))
+    on_signals(handler=lambda number, frame: signals.append(number))
 
     results = []  # of the steps since the last record in the log
-    began = time.time()
-    waited = 0.0  # seconds
     done = run.steps.start - 1
     bar = tqdm(run.steps, initial=done, total=args.steps, mininterval=1, disable=rank > 0)
     try:
         for step in bar:
+            if not results:  # an interval begins
+                began = time.time()
+                waited = 0.0  # seconds
+
             # This rank's images, or what a cache has of them, and classes. Waiting for them while
             # the device has nothing to do means that the loader does not keep up.
             asked = time.time()
@@ -156,9 +157,8 @@ def train(args: argparse.Namespace) -> None:
             # Section 4.1: a constant rate, here after --warmup steps of linear growth, if any.
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * min(1, step / max(1, args.warmup))
-            batch = (x0, x1, t, y)
             rest = (run.with_prior, step, args.precision == "bf16", args.ema_decay)
-            results.append(training_step(run.network, ema, optimizer, batch, *rest))
+            results.append(training_step(run.network, ema, optimizer, (x0, x1, t, y), *rest))
 
             # Several ranks vote at every tenth step only, for a vote waits for the GPU.
             stop = bool(signals) and ranks == 1
@@ -173,8 +173,6 @@ def train(args: argparse.Namespace) -> None:
             if save or milestone or step % args.log_every == 0:
                 after_interval(run, step, results, began, waited, save, milestone)
                 results = []
-                began = time.time()
-                waited = 0.0
             if stop:
                 barrier()  # until rank 0 has saved: a rank that ends makes torchrun end the others
                 print(f"stopped after step {step}; the same command with --resume continues")
@@ -248,72 +246,56 @@ def after_interval(
 # --------------------------------------------------------------------------------- setting a run up
 
 
-@dataclass
 class Run:
-    """What the loop works with; set_up() makes it."""
+    """What the loop works with: all new, or as it was in the checkpoint. Raises UserError."""
 
-    args: argparse.Namespace
-    codec: Codec
-    network: nn.Module  # what training calls, see build()
-    modules: dict  # model, ema and optimizer, whose states a checkpoint has
-    facts: dict  # what a checkpoint says besides
-    held_out: list  # items for held_out_loss()
-    share: slice  # this rank's part of a batch
-    with_prior: Tensor  # see training_step(); on the device, since a copy waits for the GPU
-    loader: DataLoader
-    steps: range  # those to come
+    def __init__(self, args: argparse.Namespace):
+        # CHOICE: on a GPU, training computes in bf16, as in FiTv2's configuration (--precision),
+        # and in TF32 what autocast leaves in fp32. The VAE, too: in true fp32, encoding would take
+        # several times as long as the step. evaluate.py is in fp32, and sample.py by default.
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
 
+        # This rank's share of each batch, data, and the model that fits them. An unreadable
+        # held-out image would end the run half-way, so they are read now.
+        self.args = args
+        self.share, self.with_prior = divide_batch(args)  # a slice; see training_step()
+        self.codec = load_codec(args.vae, args.device)
+        if args.cache:
+            open_cache(args, self.codec)
+        given = (args.image_size, args.channels, args.held_out, args.class_groups, args.cache)
+        training, held_out, fingerprint = load_data(args.data, *given)
+        self.held_out = [held_out[i, False] for i in range(min(256, len(held_out)))]
+        channels, side = self.codec.latent_shape(args.channels, args.image_size)
+        K = len(training.classes)
+        config = replace(
+            CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=side,
+            latent_channels=channels, num_classes=K, w=args.w, prior_from=args.prior_from,
+        )  # fmt: skip
 
-def set_up(args: argparse.Namespace) -> Run:
-    """Makes all that a run needs, new or as it was in the checkpoint. Raises UserError."""
-    # CHOICE: on a GPU, training computes in bf16, as in FiTv2's configuration (--precision), and in
-    # TF32 what autocast leaves in fp32. The VAE, too: in true fp32, encoding would take several
-    # times as long as the step. evaluate.py is in fp32, and sample.py by default.
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
+        # Model, EMA and optimizer: new, or as they were in the checkpoint of this very run. The
+        # facts are what a checkpoint says besides their states.
+        facts = {name: getattr(args, name) for name in RECORDED}
+        facts |= {"data": args.data, "classes": training.classes, "fingerprint": fingerprint}
+        facts |= {"codec": self.codec.name, "scale": self.codec.scale, "shift": self.codec.shift}
+        self.facts = facts | {"config": asdict(config)}
+        self.network, self.modules = build(args, config)  # what is called; what is saved
+        done = resume(args.out / "ckpt.pt", self.modules, self.facts) if args.resume else 0
+        require_shared(args.out, done)
+        if rank_and_world_size()[0] == 0:
+            print(f"{args.model}, {len(training)} images in {K} classes, step {done}")
+            if not done:
+                save_checkpoint(args.out / "ckpt.pt", self.facts, 0, self.modules)
+            clean_log(args.out / "log.jsonl", done)
 
-    # This rank's share of each batch, data, and the model that fits them. An unreadable held-out
-    # image would end the run half-way, so they are read now.
-    share, with_prior = divide_batch(args)
-    codec = load_codec(args.vae, args.device)
-    if args.cache:
-        open_cache(args, codec)
-    given = (args.image_size, args.channels, args.held_out, args.class_groups, args.cache)
-    training, held_out_data, fingerprint = load_data(args.data, *given)
-    held_out = [held_out_data[i, False] for i in range(min(256, len(held_out_data)))]
-    channels, side = codec.latent_shape(args.channels, args.image_size)
-    config = replace(
-        CONFIGS[args.model], p=args.patch_size, N=args.latent_tokens, latent_size=side,
-        latent_channels=channels, num_classes=len(training.classes), w=args.w,
-        prior_from=args.prior_from,
-    )  # fmt: skip
-
-    # Model, EMA and optimizer: new, or as they were in the checkpoint of this very run.
-    facts = {name: getattr(args, name) for name in RECORDED}
-    facts |= {"data": args.data, "classes": training.classes, "fingerprint": fingerprint}
-    facts |= {"codec": codec.name, "scale": codec.scale, "shift": codec.shift}
-    facts["config"] = asdict(config)
-    network, modules = build(args, config)
-    done = resume(args.out / "ckpt.pt", modules, facts) if args.resume else 0
-    require_shared(args.out, done)
-    if rank_and_world_size()[0] == 0:
-        print(f"{args.model}, {len(training)} images in {config.num_classes} classes, step {done}")
-        if not done:
-            save_checkpoint(args.out / "ckpt.pt", facts, 0, modules)
-        # The steps after the checkpoint come again, and their records with them.
-        log = args.out / "log.jsonl"
-        kept = [json.dumps(x) + "\n" for x in read_log(log) if x["step"] <= done]
-        with replacing(log) as temporary:
-            temporary.write_text("".join(kept))
-
-    # The loader carries images (or cached moments) and classes of this rank's share only.
-    steps = range(done + 1, args.steps + 1)
-    numbers = batches(len(training), args.batch_size, args.seed, args.flip, steps)
-    loader = DataLoader(
-        training, batch_sampler=(batch[share] for batch in numbers), num_workers=args.workers,
-        pin_memory=args.device.type == "cuda", worker_init_fn=ignore_signals,
-    )  # fmt: skip
-    return Run(args, codec, network, modules, facts, held_out, share, with_prior, loader, steps)
+        # The loader carries images (or cached moments) and classes of this rank's share only.
+        self.steps = range(done + 1, args.steps + 1)  # those to come
+        numbers = batches(len(training), args.batch_size, args.seed, args.flip, self.steps)
+        share = self.share  # the generator must not hold the run, which holds the loader
+        self.loader = DataLoader(
+            training, batch_sampler=(batch[share] for batch in numbers), num_workers=args.workers,
+            pin_memory=args.device.type == "cuda", worker_init_fn=on_signals,
+        )  # fmt: skip
 
 
 def build(args: argparse.Namespace, config: Config) -> tuple[nn.Module, dict]:
@@ -328,12 +310,10 @@ def build(args: argparse.Namespace, config: Config) -> tuple[nn.Module, dict]:
     ema = copy.deepcopy(model).requires_grad_(False)
 
     # CHOICE: LEM and the prior's MLP, group 1, can learn at a rate of their own; the paper has one.
-    groups = [{"params": [], "peak_lr": args.lr}]
-    if config.N:
-        groups.append({"params": [], "peak_lr": args.lr * args.lem_lr_factor})
+    groups = [{"params": [], "peak_lr": rate} for rate in (args.lr, args.lr * args.lem_lr_factor)]
     for name, weight in model.named_parameters():
         groups[name.startswith(("lem.", "prior_mlp."))]["params"].append(weight)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(groups if config.N else groups[:1], weight_decay=0, fused=True)
 
     # Compiled block by block, so that the weights keep their names.
     for module in model.modules():
@@ -344,7 +324,7 @@ def build(args: argparse.Namespace, config: Config) -> tuple[nn.Module, dict]:
     if rank_and_world_size()[1] > 1:
         # DDP would cut compiled blocks into smaller ones; its documentation names no public switch.
         torch._dynamo.config.optimize_ddp = False
-        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        network = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         network.broadcast_buffers = False  # they are constants, which need no exchange
     return network, {"model": model, "ema": ema, "optimizer": optimizer}
 
@@ -354,18 +334,14 @@ def matmul_rate(device: torch.device, bf16: bool) -> float:
     """FLOP/s of a product of two large matrices, measured once: the most a step can hope for."""
     side = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else None)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the GPU
-        seconds.append(time.perf_counter() - began)
+    seconds = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1)  # waits for the GPU
     return 2 * side**3 / min(seconds)
 
 
-def ignore_signals(worker: int) -> None:
-    """For the loader's workers: a signal for the run must not end them before the run has saved."""
+def on_signals(worker: int = 0, handler: Callable = signal.SIG_IGN) -> None:
+    """Sets what Ctrl-C and SIGTERM do. The loader's workers ignore them until the run has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- batches, images and their latents
@@ -395,9 +371,8 @@ def divide_batch(args: argparse.Namespace) -> tuple[slice, Tensor]:
         raise UserError(f"--batch-size {args.batch_size} is not divisible by {ranks} ranks")
 
     # Which images keep their prior is decided for the global batch. FiTv2 has no priors.
-    N = args.latent_tokens
-    keeps = keeps_prior(args.batch_size, args.p_s if N else 1).view(ranks, -1)
-    if N and (keeps.all() or not keeps.any(dim=1).all()):
+    keeps = keeps_prior(args.batch_size, args.p_s if args.latent_tokens else 1).view(ranks, -1)
+    if args.latent_tokens and (keeps.all() or not keeps.any(dim=1).all()):
         fault = f"--p-s {args.p_s} leaves S without an image, or LEM in one of {ranks} ranks"
         raise UserError(f"{fault}; raise --batch-size, or choose 0 < p_s < 1")
     size = args.batch_size // ranks
@@ -467,8 +442,7 @@ class Labelled(Dataset):
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor, int]:
         """(i, flipped) -> a uint8 image (channels, size, size) or the moments of its latent, fp32
-        (2, C, H, W); the model's class. batches() decides on flips, so that they are a function of
-        (seed, step). Raises UserError that names an unreadable image."""
+        (2, C, H, W); the model's class. Raises UserError that names an unreadable image."""
         i, flipped = item
         x = self.load(self.members[i])
         if x.dtype != torch.uint8:  # the moments of an image and of its mirror image
@@ -479,9 +453,8 @@ class Labelled(Dataset):
 
 
 def load_data(
-    data: str, size: int, channels: int, held_out: float, class_groups: int | None = None,
-    cache: str | None = None,
-) -> tuple[Labelled, Labelled, str]:  # fmt: skip
+    data: str, size: int, channels: int, held_out: float, class_groups: int = 0, cache: str = ""
+) -> tuple[Labelled, Labelled, str]:
     """--data, or --cache if it is given -> training images, held-out images, and a fingerprint,
     which tells by names whether a later command sees the same classes and files. Both sets are in
     random order, the same for any --seed. Raises UserError or FileNotFoundError for an unusable
@@ -489,11 +462,9 @@ def load_data(
     CHOICE: a tenth of the images, at most 5,000, is held out by default; the paper names none."""
     if cache:
         about = json.loads((Path(cache) / "about.json").read_text())
-        classes = about["classes"]
-        labels = about["labels"]
+        classes, labels, fingerprint = [about[key] for key in ("classes", "labels", "fingerprint")]
         members = range(len(labels))  # their order is random already
         load = partial(read_latents, file=Path(cache) / "latents.fp16", shape=about["shape"])
-        fingerprint = about["fingerprint"]
     else:
         names = ""
         if data == "letters":
@@ -638,11 +609,10 @@ def held_out_loss(run: Run) -> dict[str, float]:
     It rises when the model begins to overfit."""
     x, y = default_collate(run.held_out)
     ema = run.modules["ema"]
-    device = ema.device
-    x1, eps, t, _ = draw_noise(run.args.seed, 0, len(x), ema.config, torch.Generator(device))
-    x0 = run.codec.encode(x.to(device), eps)
-    keeps = keeps_prior(len(x), run.args.p_s if ema.config.N else 1).to(device)
-    losses = rectified_flow_loss(ema, x0, y.to(device), x1, t, keeps.nonzero().squeeze(1))
+    x1, eps, t, _ = draw_noise(run.args.seed, 0, len(x), ema.config, torch.Generator(ema.device))
+    x0 = run.codec.encode(x.to(ema.device), eps)
+    keeps = keeps_prior(len(x), run.args.p_s if ema.config.N else 1).to(ema.device)
+    losses = rectified_flow_loss(ema, x0, y.to(ema.device), x1, t, keeps.nonzero().squeeze(1))
     found = {"held_out_loss": losses.mean().item()}
     if 0 < keeps.sum() < len(x):
         found["held_out_loss_prior"] = losses[keeps].mean().item()
@@ -662,20 +632,22 @@ def worth_of_prior(record: dict, args: argparse.Namespace) -> str:
     return line
 
 
-def read_log(path: Path) -> list[dict]:
-    """The records of log.jsonl. Lines that a kill or a full disk has damaged are left out."""
-    records = []
+def clean_log(path: Path, done: int) -> None:
+    """Drops records of steps that come again, and lines that a kill or a full disk has damaged."""
+    kept = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+        with suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def plot_log(log: Path, out: Path) -> None:
     """Draws the losses of log.jsonl: for DoD with and without a prior, for FiTv2 of all images."""
     from matplotlib.figure import Figure
 
-    records = read_log(log)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
     axes = Figure(figsize=(7, 4), layout="tight").subplots()
     names = {"loss": "all images"}
     halves = [(x["step"], x["loss_S"], x["loss_prior"]) for x in records if "loss_S" in x]
@@ -760,10 +732,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.vae != "none":
         defaults = VAE_DATA
     preset = CONFIGS[args.model]
-    paper = PAPER | dict(patch_size=preset.p, w=preset.w)
-    defaults = defaults | (SMALL if args.model.endswith("-Ti") else paper)
-    defaults |= dict(latent_tokens=preset.N, out=Path("out") / Path(args.data).resolve().name)
-    parser.set_defaults(**defaults)
+    sizes = SMALL if args.model.endswith("-Ti") else PAPER | dict(patch_size=preset.p, w=preset.w)
+    parser.set_defaults(**defaults | sizes, latent_tokens=preset.N)
+    parser.set_defaults(out=Path("out") / Path(args.data).resolve().name)
     return parser.parse_args(argv)
 
 
