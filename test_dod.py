@@ -105,15 +105,13 @@ def test_eq3_each_image_sees_its_own_prior_or_the_sample_token(with_prior):
     dod = awake()
     loss = flow.rectified_flow_loss(dod, X0, Y, X1, TIMES, with_prior)
 
-    # The model alone, on one image after another.
+    # The model alone, on one image after another: losses, and gradients of all its parts.
     alone = []
     for i in range(6):
         e_s = dod.visual_prior(X0[[i]]) if i in with_prior else None
         v = dod(flow.interpolate(X0[[i]], X1[[i]], TIMES[[i]]), TIMES[[i]], Y[[i]], e_s)
         alone.append((X1[[i]] - X0[[i]] - v).square().mean())
     assert close(loss, torch.stack(alone))
-
-    # Gradients, of every part of the backbone and of LEM.
     gradients = partial(torch.autograd.grad, inputs=[*dod.parameters()], materialize_grads=True)
     torch.testing.assert_close(gradients(loss.sum()), gradients(sum(alone)), rtol=1e-4, atol=1e-4)
 
@@ -255,10 +253,9 @@ def test_eq6_the_encoder_is_the_written_out_formula_with_vit_blocks():
 
     # PE: sines and cosines of the row, then of the column, in a grid of 3 x 5.
     w = 10000.0 ** (-torch.arange(4) / 4)
-    for i, pe in enumerate(lem.sincos_2d(16, 3, 5)):
-        row = i // 5 * w
-        column = i % 5 * w
-        assert close(pe, torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]))
+    row, column = torch.cartesian_prod(torch.arange(3), torch.arange(5)).T[:, :, None] * w
+    pe = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)
+    assert close(lem.sincos_2d(16, 3, 5), pe)
 
 
 def test_eq7_the_decoder_is_the_written_out_formula():
@@ -275,10 +272,8 @@ def test_eq7_the_decoder_is_the_written_out_formula():
 def test_eq8_swiglu_is_the_written_out_formula():
     ffn = model.SwiGLU(12)
     x = torch.randn(5, 12)
-    gate = x @ ffn.W_1.weight.T + ffn.W_1.bias
-    value = x @ ffn.W_2.weight.T + ffn.W_2.bias
-    expected = (gate * gate.sigmoid() * value) @ ffn.W_3.weight.T + ffn.W_3.bias
-    assert close(ffn(x), expected)
+    gate = ffn.W_1(x)
+    assert close(ffn(x), ffn.W_3(gate * gate.sigmoid() * ffn.W_2(x)))
     assert len(model.SwiGLU(10).W_1.weight) == 26  # of 8/3 d = 26.7
 
 
@@ -517,34 +512,31 @@ def test_section_4_1_one_batch_can_be_learned_by_heart():
     torch.manual_seed(0)
     dod = build_model(TINY)
     ema = build_model(TINY).requires_grad_(False)
-    x0, x1 = torch.randn(2, 8, 3, 8, 8)
-    t = torch.rand(8)
-    y = torch.arange(8) % 5
     step = partial(train.training_step, dod, ema, with_prior=HALF)
     still = torch.optim.AdamW(dod.parameters(), 0.0, weight_decay=0)
-    *found, norm = step(still, (100 * x0, 100 * x1, t, y), step=1)
-    losses = 1e4 * (x1 - x0).square().flatten(1).mean(1)
+    *found, norm = step(still, (100 * X0, 100 * X1, TIMES, Y), step=1)
+    losses = 1e4 * (X1 - X0).square().flatten(1).mean(1)
     kept = losses[HALF].sum()
     assert close(torch.stack(found), torch.stack([losses.mean(), kept, losses.sum() - kept]))
     gradient = parameters_to_vector(p.grad for p in dod.parameters())
     assert norm > 10 and close(gradient.norm(), 1.0, 1e-3)
-    assert step(still, (100 * x0, 100 * x1, t, y), step=2)[3] == norm
+    assert step(still, (100 * X0, 100 * X1, TIMES, Y), step=2)[3] == norm
 
     # A hundred steps on the same images, noises and times.
     optimizer = torch.optim.AdamW(dod.parameters(), 3e-3, weight_decay=0)
     for n in range(1, 101):
-        loss = step(optimizer, (x0, x1, t, y), step=n)[0]
-    assert loss < (x1 - x0).square().mean() / 10
+        loss = step(optimizer, (X0, X1, TIMES, Y), step=n)[0]
+    assert loss < (X1 - X0).square().mean() / 10
 
     # In bf16 the loss is nearly that in fp32, and not the same.
-    loss = step(still, (x0, x1, t, y), step=151)[0]
-    rounded = step(still, (x0, x1, t, y), step=151, bf16=True)[0]
+    loss = step(still, (X0, X1, TIMES, Y), step=151)[0]
+    rounded = step(still, (X0, X1, TIMES, Y), step=151, bf16=True)[0]
     assert 0 < abs(rounded - loss) < 0.05
 
     # Each step ends with the EMA's, whose decay is (1 + n) / (10 + n) early on.
     for n, decay, effective in ((5, 0.999, 6 / 15), (10**6, 0.3, 0.3)):
         before = parameters_to_vector(ema.parameters())
-        step(optimizer, (x0, x1, t, y), step=n, ema_decay=decay)
+        step(optimizer, (X0, X1, TIMES, Y), step=n, ema_decay=decay)
         expected = before.lerp(parameters_to_vector(dod.parameters()), 1 - effective)
         assert close(parameters_to_vector(ema.parameters()), expected, 1e-6)
 
@@ -687,12 +679,10 @@ def test_two_ranks_train_as_one_process_does_and_stop_at_a_signal(vae):
     step = sample.load_checkpoint("two/ckpt.pt")["step"]
     assert step >= 10
 
-    # One process, and then one that goes on with what the two have begun.
+    # One process, and one that goes on with what the two have begun, differ from them by rounding.
     flags += ["cache 1", "--steps", step + 1, "--out"]
     assert run(train, *flags, "one") == 0
     assert run(train, *flags, "two", "--resume") == 0
-
-    # The differences are those of rounding.
     keys = ("step", "loss", "loss_prior", "loss_S", "grad_norm", "lr", "held_out_loss_S")
     found, expected = (np.array(records_of(Path(out), *keys), float) for out in ("two", "one"))
     assert np.allclose(found, expected, rtol=0.01, equal_nan=True)
@@ -864,9 +854,7 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
     flags = [*QUICK, "--data", data, "--vae", vae, "--image-size", 16, "--held-out", 0.1]
     assert run(train, *flags, "--out", tmp_path / "a") == 0
     flags += ["--cache", tmp_path / "cache"]
-    answers = iter([sample.Codec.moments])
-    interrupted = patch.object(sample.Codec, "moments", lambda *given: next(answers)(*given))
-    with interrupted, pytest.raises(StopIteration):
+    with patch.object(sample.Codec, "moments", side_effect=[None]), pytest.raises(StopIteration):
         run(train, *flags, "--out", tmp_path / "b")
     assert not (tmp_path / "cache/latents.fp16").exists()
     with train.lock(tmp_path / "cache"):  # as another run does that encodes
@@ -891,9 +879,8 @@ def test_a_cache_trains_as_encoding_does_without_the_images(vae, monkeypatch, tm
 def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae, tmp_path):
     # 40 images at once here, 32 at a time there.
     codec = sample.load_codec(vae)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    dod = awake(replace(TINY, latent_channels=4))
+    dod = awake(replace(TINY, latent_channels=4))  # which seeds what is drawn next
+    images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
     x1, eps, t, _ = train.draw_noise(0, 0, 40, dod.config, torch.Generator())
     posterior = codec.vae.encode(images / 127.5 - 1).latent_dist
     expected = 3 * (posterior.mean + posterior.std * eps - 0.5)
@@ -1299,7 +1286,7 @@ def test_the_classifier_learns_under_noise_of_0_to_24_grey_levels():
     assert (pixels.mean() + 127.5 - 51).abs() < 1
 
 
-def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_ckpt):
+def test_fig4_stages_has_its_rows_and_reconstruct_sees_the_held_out_images(letters_ckpt):
     rows = rows_of("stages --num 70 --steps 2 --cfg 1 3 --cfg-stage1 2 --ckpt", letters_ckpt)
 
     # Section 3.3: no guidance in stage 1, which is the same for all scales and so listed once.
@@ -1339,6 +1326,13 @@ def test_fig4_stages_has_a_row_for_training_images_each_stage_and_scale(letters_
     assert (found["torch"], found["numpy"]) == (torch.__version__, np.__version__)
     assert not found["checkpoint"].keys() & {"ema", "model", "optimizer"}
 
+    # The priors of reconstructions are the held-out images.
+    _, row = rows_of("reconstruct --num 70 --steps 4 --cfg 2 --seed 3 --ckpt", letters_ckpt)
+    sampler = Sampler("euler", 4, seed=3)
+    (z0,), _ = sample.generate(dod, y, 1, [2.0], sampler, prior=PIXELS.encode(images))
+    for key, metric in (("psnr", evaluate.psnr), ("ssim", evaluate.ssim)):
+        assert close(row[key], metric(images, PIXELS.decode(z0)).mean().item())
+
 
 @pytest.mark.parametrize("K, N, expected", [
     (1, 2, ["stage 1", "stage 2"]),
@@ -1356,16 +1350,6 @@ def test_fig4_stages_of_merged_classes_and_of_fitv2(K, N, expected, letters_ckpt
     _, _, y = evaluate.take_images(HELD_OUT, 70)
     assert all(torch.equal(call.args[1], y * K // 10) for call in evaluate.generate.mock_calls)
     assert evaluate.train_classifier.call_args.args[2].max() == 9
-
-
-def test_fig4_the_priors_of_reconstructions_are_the_held_out_images(letters_ckpt):
-    _, row = rows_of("reconstruct --num 70 --steps 4 --cfg 2 --seed 3 --ckpt", letters_ckpt)
-    dod = sample.load_model(sample.load_checkpoint(letters_ckpt))
-    images, y, _ = evaluate.take_images(HELD_OUT, 70)
-    sampler = Sampler("euler", 4, seed=3)
-    (z0,), _ = sample.generate(dod, y, 1, [2.0], sampler, prior=PIXELS.encode(images))
-    for key, metric in (("psnr", evaluate.psnr), ("ssim", evaluate.ssim)):
-        assert close(row[key], metric(images, PIXELS.decode(z0)).mean().item())
 
 
 def test_table2_the_probe_reads_images_or_the_cache_of_the_run(colours, monkeypatch):
