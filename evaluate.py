@@ -38,7 +38,7 @@ from sample import (
     SHIPPED, Codec, Parser, Sampler, bounded, generate, load_checkpoint, load_codec, load_image,
     load_model, pick_device, rank_and_world_size, refuse_existing, replacing, run_command,
 )  # fmt: skip
-from train import Labelled, load_data, open_cache
+from train import Labelled, ensure_cache, load_data
 
 Array = torch.Tensor | np.ndarray
 
@@ -394,7 +394,7 @@ def open_run(args: argparse.Namespace, needs_lem: bool) -> tuple:
     if cache:
         (Path(cache) / "latents.fp16").stat()  # FileNotFoundError: nothing is encoded here
         facts = checkpoint | {"data": data, "cache": cache, "workers": 0}
-        open_cache(argparse.Namespace(**facts), codec)
+        ensure_cache(argparse.Namespace(**facts), codec)
     training, held_out, fingerprint = load_data(data, *settings, model.config.num_classes, cache)
     if fingerprint != checkpoint["fingerprint"]:
         raise UserError(f"{data} does not have the images of the run of {args.ckpt}")
@@ -540,7 +540,7 @@ def probe(args: argparse.Namespace) -> None:
     UserError without LEM or held-out images, for one class, or if --cache is not the run's own."""
     checkpoint, model, codec, training, held_out = open_run(args, needs_lem=True)
     if len(set(training.original_labels[: args.num])) < 2 or not len(held_out):
-        raise UserError("the probe needs held-out images, and two classes or more in --num others")
+        raise UserError("the probe needs held-out images, and --num others of two classes or more")
 
     def tokens(data):
         """-> l_hat (n, N, d_e) of the first --num images, and their original classes (n,)."""

@@ -210,9 +210,9 @@ def dopri5(
     Every image has its own time and step size, as if it were alone: an image whose step is rejected
     tries again while the others advance, and an image that has finished leaves the batch. So the
     result is that of SciPy's `RK45` for each image alone (the same norm and factors).
-    DEVIATION: the paper says "dopri5, same as SiT". The tolerances are SiT's and FiTv2's, but their
-    solver shares one step size, which never shrinks after a success, among a batch and its
-    unconditional half, and interpolates at t = 0.
+    DEVIATION: the paper says "dopri5, same as SiT". The tolerances are SiT's and FiTv2's. But their
+    solver has one step size for a batch and its unconditional half, never shrinks it after a
+    success, and interpolates at t = 0.
 
     Raises FloatingPointError if f is not finite or a step becomes too small to advance t.
     """

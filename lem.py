@@ -89,7 +89,7 @@ class LEM(nn.Module):
     """Latent Embedding Module: compresses z_0 into N x d_e numbers and unfolds them again.
 
     Eq. 6:  L_hat = Enc((e_p + PE) ⊕ L)        e_p: embedded patches of z_0, L: N learned tokens
-    Eq. 7:  e_s   = Dec((M + PE) ⊕ L_hat)      M: one mask token for all patches; e_s lacks the MLP
+    Eq. 7:  e_s   = Dec((M + PE) ⊕ L_hat)      M: one mask token; e_s: here without model.py's MLP
 
     The defaults are those of DoD-B (Table 1; for N and d_e see sections 4.2 and 3.3).
     latent_size is H = W, a multiple of p; d_l and d_e are multiples of 4, d_l also of heads.

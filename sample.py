@@ -5,7 +5,7 @@
 
 Each stage is a complete run of the same model from t = 1 (noise) to t = 0 (data). Image n is the
 same for any batch size and any number of GPUs: its noise is a function of (seed, n, stage), and the
-solver treats each image alone. Only rounding differs, which RK45 in fp32 can turn into 2e-3.
+solver treats each image alone. Only rounding differs, by up to 2e-3 in latents of RK45 in fp32.
 
 Shapes: B images, C channels, H x W latent, T tokens; images: uint8 (B, channels, rows, columns).
 
@@ -46,13 +46,13 @@ from model import Config, DoD, FiTv2, UserError, build_model
 
 @dataclass(frozen=True)
 class Sampler:
-    """How stages are sampled."""
+    """How stages are sampled, and where their path is kept."""
 
     solver: str = "dopri5"  # RK45 (section 3.3), or "euler": Euler's method (Table 4)
     steps: int = 50  # Euler's steps in each stage; RK45 chooses its own
     seed: int = 0  # the noise of image n is a function of (seed, n, stage)
     first_stage: int = 0  # stages done before: generate() begins with the noise of the next one
-    path: list | None = None  # each evaluation adds its x_t, and the x_0 to which v points there
+    path: list | None = None  # each evaluation appends (x_t, x_0), the x_0 to which v points
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def generate(
     return [torch.cat(parts) for parts in samples], [torch.cat(parts) for parts in nfe]
 
 
-# One seed serves four streams of random numbers, kept apart by these; train.py uses the first two.
+# A seed serves four streams of NumPy's random numbers, kept apart by these; two are train.py's.
 FLIP_STREAM, ORDER_STREAM, NOISE_STREAM, LABEL_STREAM = range(4)
 
 
@@ -180,8 +180,8 @@ def main() -> None:
 
 
 def draw_samples(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
-    """Draws one seed's samples, a column for each class, in blocks of rows: stage 1; stage 1 guided
-    by the class; then each later stage or, below each image of --prior, the samples given it."""
+    """Draws one seed's samples, a column for each class, in blocks of rows: stage 1; stage 1
+    guided, nobody's prior; each later stage or, below an image of --prior, what it leads to."""
     y = torch.tensor(args.classes * (args.per_class or 4), device=model.device)
     draw = partial(generate, model, y, sampler=sampler, batch_size=args.batch_size)
     samples, _ = draw(1, [1.0]) if args.prior else draw(len(args.w), [1.0, *args.w[1:]])
@@ -223,11 +223,11 @@ def draw_path(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sample
 
 
 def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampler: Sampler):
-    """--npz FILE.npz: images of the last stage in one file for guided-diffusion's evaluator, arr_0
-    uint8 (n, H, W, 3) and arr_1 their classes, and in a folder FILE as NUMBER-CLASS.png. Image n is
-    a function of (seed, n). Given --prior-data, prior n is its image shuffled_order(count)[n], and
-    image n has its class; in the run's own folder, as it was in training, those held out come
-    first. The folder FILE-priors gets the priors. Raises UserError for other classes."""
+    """Draws --npz FILE.npz, images of the last stage for guided-diffusion's evaluator: arr_0 uint8
+    (n, H, W, 3), arr_1 their classes; and a folder FILE of NUMBER-CLASS.png. Image n is a function
+    of (seed, n). With --prior-data, its image shuffled_order(count)[n] is prior n, and gives the
+    class; if it is the run's unchanged folder, held-out images come first. The folder FILE-priors
+    gets the priors. Raises UserError if --prior-data has other classes."""
     if args.prior_data:
         names, files, labels = image_files(args.prior_data)
         if names != checkpoint["classes"]:
@@ -274,7 +274,7 @@ def sample_set(args, checkpoint: dict, model: FiTv2 | DoD, codec: "Codec", sampl
     # 256 x 256 take 9.8 GB of memory.
     if rank == 0:
         facts = vars(args) | {"step": checkpoint["step"], "number": len(y), "w": w}
-        evaluations = nfe[-1].double().mean().item()  # of v for an image of the last chunk
+        evaluations = nfe[-1].double().mean().item()  # of v, last stage, rank 0's last chunk
         facts |= {"sampler": asdict(sampler), "evaluations": evaluations}
         (folder / "about.json").write_text(json.dumps(facts, indent=1, default=str))
         images = np.empty((len(y), side, side, 3), np.uint8)
@@ -321,7 +321,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--classes", help="names or numbers, with commas; None: the first ten, in a set all")
     add("--stages", type=natural, help="None: 2; without LEM: 1")
     add("--cfg", type=scale, help="guidance with a prior; None: the model's own")
-    add("--cfg-stage1", type=scale, help="class guidance; None: off, but 2 (for letters) in a grid")
+    add("--cfg-stage1", type=scale, help="class guidance; None: off; 2nd block of a grid: 2")
     add("--steps", type=natural, help="Euler steps in each stage; None: RK45, but 10 for --path")
     add("--batch-size", type=natural, default=256, help="images sampled at a time")
     add("--precision", choices=["fp32", "tf32"], default="fp32", help="tf32: faster, on NVIDIA")
@@ -436,7 +436,7 @@ def open_image(path: str | Path, size: int, channels: int) -> Tensor:
 class Codec:
     """Images <-> latents: Stable Diffusion's VAE (section 3.3), diffusers' AutoencoderKL,
     256 x 256 x 3 <-> 32 x 32 x 4. With vae = None the latent is the image itself, in [-1, 1].
-    CHOICE: it is ft-EMA's (README), in fp32, and training takes samples, as SiT and FiTv2 do."""
+    CHOICE: it is ft-EMA's (README), in fp32 (in training TF32), and training takes samples."""
 
     def __init__(self, name: str = "none", vae: nn.Module | None = None):
         self.name = name

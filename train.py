@@ -5,7 +5,7 @@ is LEM of its own latent, and a share p_s of each batch sees the sample token S 
 assumes that only semantics pass LEM's bottleneck, and that they are alike in real and in generated
 images. (What really passes is whatever lowers the loss most.)
 
-Everything random is a function of (seed, step) and is drawn for the global batch. So the number of
+What is random in a step is a function of (seed, step), drawn for the global batch. So the number of
 GPUs changes a result by rounding only, and a resumed run, on a CPU, equals an unbroken one exactly.
 
     python train.py                                             # DoD-Ti on letters, on a CPU
@@ -82,8 +82,8 @@ def training_step(
 
     network: DoD or FiTv2, possibly inside DistributedDataParallel; batch: x0, x1 (b, C, H, W) data
     and noise, t (b,) times, y (b,) classes; with_prior (k,): which images keep their prior, as
-    indices (empty for FiTv2) -> (4,): the mean loss; the sums of the losses with a prior and with
-    S, whose gap is what the prior is worth; the norm of the gradient before it is clipped."""
+    indices (empty for FiTv2). Returns (4,): the mean loss; the sums of the losses with a prior and
+    with S, whose gap is what the prior is worth; the norm of the gradient before it is clipped."""
     # Eq. 3 trains backbone and LEM together: the prior of an image is its own latent.
     x0, x1, t, y = batch
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
@@ -134,8 +134,8 @@ def train(args: argparse.Namespace) -> None:
                 began = time.time()
                 waited = 0.0  # seconds
 
-            # This rank's images, or what a cache has of them, and classes. Waiting for them while
-            # the device has nothing to do means that the loader does not keep up.
+            # This rank's images, or what a cache has of them, and classes. Waiting for them counts
+            # if the device has nothing left to do after it, so waiting_share is an upper bound.
             asked = time.time()
             try:
                 x, y = next(images)
@@ -189,9 +189,9 @@ def train(args: argparse.Namespace) -> None:
 def after_interval(
     run: "Run", step: int, results: list, began: float, waited: float, save: bool, milestone: bool
 ) -> None:
-    """What follows an interval of steps: a record in the log and, where they are due, a checkpoint
-    (what resuming needs) and a milestone (what sampling needs). results: of training_step; began: a
-    time; waited: seconds. FloatingPointError that names the first step whose loss is not finite."""
+    """Checks and logs an interval of steps; where due, saves a checkpoint (to resume from) and a
+    milestone (to sample from). results: of training_step; began: when it began; waited: for images,
+    in s. Raises FloatingPointError that names the first step whose loss is not finite."""
     # The means over all ranks. They are read only here, not in each step: reading waits for a GPU.
     rank, ranks = rank_and_world_size()
     table = torch.stack(results, dim=1)  # (4, steps)
@@ -217,8 +217,8 @@ def after_interval(
         record["loss_S"] = sum_S * ranks / number_S
     record |= {"grad_norm": norm, "lr": run.modules["optimizer"].param_groups[0]["lr"]}
 
-    # How fast it was: the share of the time that this rank waited; each rank's share of the rate
-    # of a matrix product.
+    # How fast it was: the share of the time that rank 0 waited for images; a rank's FLOP/s as a
+    # share of a matrix product's.
     rate = matmul_rate(args.device, args.precision == "bf16")
     images_per_s = len(results) * args.batch_size / seconds
     flops = images_per_s * training_flops(run.modules["ema"].config, args.p_s)  # in a second
@@ -247,7 +247,7 @@ def after_interval(
 
 
 class Run:
-    """What the loop works with: all new, or as it was in the checkpoint. Raises UserError."""
+    """What the loop works with: all new, or as it was in the checkpoint. UserError for mistakes."""
 
     def __init__(self, args: argparse.Namespace):
         # CHOICE: on a GPU, training computes in bf16, as in FiTv2's configuration (--precision),
@@ -256,13 +256,13 @@ class Run:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
 
-        # This rank's share of each batch, data, and the model that fits them. An unreadable
-        # held-out image would end the run half-way, so they are read now.
+        # This rank's share of each batch, the data, and the shapes that fit them. An unreadable
+        # held-out image would end the run half-way, so all are read now; 256 suffice for a loss.
         self.args = args
-        self.share, self.with_prior = divide_batch(args)  # a slice; see training_step()
+        self.share, self.with_prior = divide_batch(args)  # a slice; indices, see training_step()
         self.codec = load_codec(args.vae, args.device)
         if args.cache:
-            open_cache(args, self.codec)
+            ensure_cache(args, self.codec)
         given = (args.image_size, args.channels, args.held_out, args.class_groups, args.cache)
         training, held_out, fingerprint = load_data(args.data, *given)
         self.held_out = [held_out[i, False] for i in range(min(256, len(held_out)))]
@@ -290,17 +290,17 @@ class Run:
 
         # The loader carries images (or cached moments) and classes of this rank's share only.
         self.steps = range(done + 1, args.steps + 1)  # those to come
-        numbers = batches(len(training), args.batch_size, args.seed, args.flip, self.steps)
-        share = self.share  # the generator must not hold the run, which holds the loader
+        all_batches = batches(len(training), args.batch_size, args.seed, args.flip, self.steps)
+        share = self.share  # with self in the generator, run and loader would hold each other
         self.loader = DataLoader(
-            training, batch_sampler=(batch[share] for batch in numbers), num_workers=args.workers,
+            training, batch_sampler=(x[share] for x in all_batches), num_workers=args.workers,
             pin_memory=args.device.type == "cuda", worker_init_fn=on_signals,
         )  # fmt: skip
 
 
 def build(args: argparse.Namespace, config: Config) -> tuple[nn.Module, dict]:
-    """-> the network of a new run, and by name its model, ema and optimizer. The network is what
-    training calls: the model, with several ranks inside of DistributedDataParallel (DDP).
+    """-> the network with its first weights, and by name its model, ema and optimizer. The network
+    is what training calls: the model, with several ranks inside of DistributedDataParallel (DDP).
 
     S and LEM are used outside of DDP's forward(), and their gradients are averaged over the ranks
     all the same: its hooks sit on the parameters. CHOICE: AdamW's betas are the usual 0.9 and
@@ -339,7 +339,7 @@ def matmul_rate(device: torch.device, bf16: bool) -> float:
 
 
 def on_signals(worker: int = 0, handler: Callable = signal.SIG_IGN) -> None:
-    """Sets what Ctrl-C and SIGTERM do. The loader's workers ignore them until the run has saved."""
+    """Sets what Ctrl-C and SIGTERM do. The loader's workers ignore them: their run ends them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
@@ -409,7 +409,7 @@ def draw_letter(i: int, size: int, channels: int) -> Tensor:
     ImageDraw.Draw(ink).text(tuple(corner), letter, 255, font)
     ink = ink.rotate(rng.uniform(-20, 20), Image.BICUBIC).resize((size, size), Image.BOX)
 
-    # Two greys, drawn until their contrast is a third of the scale.
+    # Two greys, drawn until they differ by a third of the scale or more.
     front = back = 0.0
     while abs(front - back) < 85:
         front, back = rng.uniform(0, 255, 2)
@@ -512,7 +512,8 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: d
     shape = (2, 2, channels, side, side)
     share = range(len(images) * rank // ranks, len(images) * (rank + 1) // ranks)
 
-    # Rank 0 writes what tells one cache from another, and an empty file for the latents.
+    # Rank 0 writes what tells one cache from another, and an empty file for the latents. (In a
+    # memory map, two nodes would undo each other's part of a page.)
     path = file.with_name(f".dod0-{file.name}")  # the name that replacing() gives rank 0
     with replacing(file) if rank == 0 else nullcontext():
         if rank == 0:
@@ -523,8 +524,7 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: d
             path.write_bytes(b"")
         barrier()
 
-        # This rank's part. Images are mirrored here, so that each file is read only once. (In a
-        # memory map, two nodes would undo each other's part of a page.)
+        # This rank's part. Images are mirrored here, so that each file is read only once.
         items = [(i, False) for i in share]
         loader = DataLoader(images, batch_size=64, sampler=items, num_workers=args.workers)
         with open(path, "rb+") as latents:
@@ -534,13 +534,13 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: d
                 latents.write(moments.half().cpu().numpy())
             latents.flush()
             os.fsync(latents.fileno())
-        barrier()
-    barrier()
+        barrier()  # all parts are written
+    barrier()  # the file has its name
 
 
-def open_cache(args: argparse.Namespace, codec: Codec) -> None:
-    """Makes the --cache unless it is there. Raises UserError for one that was made otherwise. Once
-    it is there, the images are not needed any more."""
+def ensure_cache(args: argparse.Namespace, codec: Codec) -> None:
+    """Makes the --cache if it is missing, and checks it. Raises UserError for one that was made
+    otherwise. Once it is there, the images are not needed any more."""
     file = Path(args.cache) / "latents.fp16"
     settings = {"data": str(Path(args.data).resolve()), "image_size": args.image_size}
     settings |= {"vae": codec.name, "scale": codec.scale, "shift": codec.shift}
@@ -621,8 +621,8 @@ def held_out_loss(run: Run) -> dict[str, float]:
 
 
 def worth_of_prior(record: dict, args: argparse.Namespace) -> str:
-    """One line: how far a prior lowers the loss. After the start of a run it warns below 1%: LEM is
-    dead, and gives all images the same prior. One that stood still at 20% got no warning."""
+    """Says how far a prior lowers the loss and, after the start of a run, warns below 1%: then LEM
+    gives all images the same prior. (A LEM that stopped learning at 20% got no warning.)"""
     gap = record["loss_S"] - record["loss_prior"]
     share = gap / record["loss_S"]
     line = f"step {record['step']}: the prior lowers the loss by {gap:.3f} ({share:.0%})"
@@ -633,7 +633,7 @@ def worth_of_prior(record: dict, args: argparse.Namespace) -> str:
 
 
 def clean_log(path: Path, done: int) -> None:
-    """Drops records of steps that come again, and lines that a kill or a full disk has damaged."""
+    """Drops records after step `done`, which come again, and lines that a kill has damaged."""
     kept = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError, TypeError, KeyError):
