@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 85 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 87 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits on one machine, except for --prior-from: those
 # had no MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -38,6 +38,10 @@ report groups1-quarter1-5000 K1-quarter-seed1 5000 stages --stages 2 --cfg 1 1.5
 train K1-quarter-seed2 2500 --class-groups 1 --seed 2 --lem-lr-factor 0.25
 report groups1-quarter2-2500 K1-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6
 
+train cifar-K1-quarter-n8-seed0 10000 --class-groups 1 --seed 0 --lem-lr-factor 0.25 --latent-tokens 8 --data cifar10/train --image-size 16 --patch-size 4
+report cifar-groups1-quarter-n8-0-10000-wide cifar-K1-quarter-n8-seed0 10000 stages --stages 2 --cfg 11 16 --cfg-stage1 1.5 2 3 4
+report cifar-groups1-quarter-n8-0-10000 cifar-K1-quarter-n8-seed0 10000 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
+
 train cifar-K1-quarter-seed0 20000 --class-groups 1 --seed 0 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups1-quarter0-10000-wide cifar-K1-quarter-seed0 10000 stages --stages 2 --cfg 8 11 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter0-10000 cifar-K1-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
@@ -73,6 +77,9 @@ report groups10-quarter1-2500 K10-quarter-seed1 2500 stages --stages 2 --cfg 1 1
 
 train K10-quarter-seed2 2500 --class-groups 10 --seed 2 --lem-lr-factor 0.25
 report groups10-quarter2-2500 K10-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
+
+train cifar-K10-quarter-n8-seed0 10000 --class-groups 10 --seed 0 --lem-lr-factor 0.25 --latent-tokens 8 --data cifar10/train --image-size 16 --patch-size 4
+report cifar-groups10-quarter-n8-0-10000 cifar-K10-quarter-n8-seed0 10000 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 
 train cifar-K10-quarter-seed0 10000 --class-groups 10 --seed 0 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups10-quarter0-10000 cifar-K10-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
