@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 87 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 91 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits on one machine, except for --prior-from: those
 # had no MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -95,6 +95,15 @@ report groups1-half1-2500 K1-half-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4
 
 train K1-half-seed2 2500 --class-groups 1 --seed 2 --lem-lr-factor 0.5
 report groups1-half2-2500 K1-half-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+
+train K2-half-seed0 2500 --class-groups 2 --seed 0 --lem-lr-factor 0.5
+report groups2-half0-2500 K2-half-seed0 2500 stages --stages 2 --cfg 1 3 4 6 --cfg-stage1 8 11
+
+train K2-half-seed1 2500 --class-groups 2 --seed 1 --lem-lr-factor 0.5
+report groups2-half1-2500 K2-half-seed1 2500 stages --stages 2 --cfg 1 3 4 6 --cfg-stage1 8 11
+
+train K2-half-seed2 2500 --class-groups 2 --seed 2 --lem-lr-factor 0.5
+report groups2-half2-2500 K2-half-seed2 2500 stages --stages 2 --cfg 1 3 4 6 --cfg-stage1 8 11
 
 train K10-half-seed0 2500 --class-groups 10 --seed 0 --lem-lr-factor 0.5
 report groups10-half0-2500 K10-half-seed0 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4
@@ -258,6 +267,9 @@ report groups5-lem1-2500 K5-same-seed1 2500 stages --stages 2 --cfg 1 1.5 2 2.5 
 
 train K5-same-seed2 2500 --class-groups 5 --seed 2 --lem-lr-factor 1
 report groups5-lem2-2500 K5-same-seed2 2500 stages --stages 2 --cfg 1 1.5 2 2.5 3 4 --cfg-stage1 1.5 2 2.5 3 4
+
+train K10-fitv2-lr0.001-seed0 2500 --model FiTv2-Ti --class-groups 10 --seed 0 --lr 0.001
+report groups10-fitv2-lr0.001-0-2500 K10-fitv2-lr0.001-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 
 train K10-fitv2-lr0.0014-seed0 2500 --model FiTv2-Ti --class-groups 10 --seed 0 --lr 0.0014
 report groups10-fitv2-lr0.0014-0-2500 K10-fitv2-lr0.0014-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
