@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 91 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 92 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits on one machine, except for --prior-from: those
 # had no MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -41,6 +41,7 @@ report groups1-quarter2-2500 K1-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5
 train cifar-K1-quarter-n8-seed0 10000 --class-groups 1 --seed 0 --lem-lr-factor 0.25 --latent-tokens 8 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups1-quarter-n8-0-10000-wide cifar-K1-quarter-n8-seed0 10000 stages --stages 2 --cfg 11 16 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter-n8-0-10000 cifar-K1-quarter-n8-seed0 10000 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
+report cifar-groups1-quarter-n8-0-2500 cifar-K1-quarter-n8-seed0 2500 stages --stages 2 --cfg 1 4 6 8 11 --cfg-stage1 1.5 2 3 4
 
 train cifar-K1-quarter-seed0 20000 --class-groups 1 --seed 0 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
 report cifar-groups1-quarter0-10000-wide cifar-K1-quarter-seed0 10000 stages --stages 2 --cfg 8 11 --cfg-stage1 1.5 2 3 4
@@ -444,5 +445,6 @@ train cifar-K10-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 10 --seed 0 --
 report cifar-groups10-fitv2-0-10000 cifar-K10-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 report cifar-groups10-fitv2-0-2500 cifar-K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 
-# Of this one only the log is used.
+# Of these two only the logs are used.
 train K1-eighth-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.125
+train K1-same-lr0.001-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 1 --lr 0.001
