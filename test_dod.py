@@ -272,8 +272,10 @@ def test_eq7_the_decoder_is_the_written_out_formula():
 def test_eq8_swiglu_is_the_written_out_formula():
     ffn = model.SwiGLU(12)
     x = torch.randn(5, 12)
-    gate = ffn.W_1(x)
-    assert close(ffn(x), ffn.W_3(gate * gate.sigmoid() * ffn.W_2(x)))
+    gate = x @ ffn.W_1.weight.T + ffn.W_1.bias
+    value = x @ ffn.W_2.weight.T + ffn.W_2.bias
+    expected = (gate * gate.sigmoid() * value) @ ffn.W_3.weight.T + ffn.W_3.bias
+    assert close(ffn(x), expected)
     assert len(model.SwiGLU(10).W_1.weight) == 26  # of 8/3 d = 26.7
 
 
