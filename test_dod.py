@@ -567,7 +567,6 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     flags = "--held-out 0.25 --seed 4 --class-groups 2 --p-s 0.25 --lr 0.01 --lem-lr-factor 0.5"
     flags += " --warmup 2 --ema-decay 0.5 --precision bf16"
     assert run(train, *QUICK, *flags.split(), "--data", data, "--out", tmp_path / "out") == 0
-
     assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "high"
 
     # What each step should have been given, put together by hand. Images are mirrored by default.
@@ -993,7 +992,6 @@ def test_a_set_of_samples_is_images_that_depend_on_their_number_alone(trained, t
     for process in launch(sample, *flags, 9, "--npz", tmp_path / "two.npz", ranks=2):
         process.join(60)
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
-
     assert not torch.backends.cudnn.allow_tf32
 
     # They are those of stage 2, at the model's own scale. Labels have a stream of their own.
