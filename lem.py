@@ -96,17 +96,9 @@ class LEM(nn.Module):
     """
 
     def __init__(
-        self,
-        latent_size: int = 32,
-        latent_channels: int = 4,
-        p: int = 2,
-        d_l: int = 768,
-        heads: int = 12,
-        encoder_depth: int = 8,
-        decoder_depth: int = 4,
-        N: int = 32,
-        d_e: int = 16,
-    ):
+        self, latent_size: int = 32, latent_channels: int = 4, p: int = 2, d_l: int = 768,
+        heads: int = 12, encoder_depth: int = 8, decoder_depth: int = 4, N: int = 32, d_e: int = 16,
+    ):  # fmt: skip
         super().__init__()
         side = latent_size // p
         self.p = p
