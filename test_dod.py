@@ -1373,7 +1373,6 @@ def test_table5_samples_are_compared_with_images_and_moments(monkeypatch):
     expected |= {"what": "fakes"}
     expected["fid"] = evaluate.frechet_distance(*mu.values(), *evaluate.statistics(fake.pool))
     expected["sfid"] = evaluate.frechet_distance(*mu_s.values(), *evaluate.statistics(fake.spatial))
-
     assert row == pytest.approx(expected)
 
     # A reference may be moments alone.
