@@ -1,7 +1,6 @@
 """test_dod.py -- one test or more for each equation, table and promise. Run: python -m pytest -q
 
-The expected values come from closed forms, identities, SciPy and other libraries.
-"""
+The expected values come from closed forms, identities, SciPy and other libraries."""
 
 import json
 import math
@@ -212,7 +211,7 @@ def test_eq5_first_stage_uses_the_sample_token_and_later_ones_a_prior_for_each_t
     assert build_model(replace(TINY, num_classes=1)).null_class == 0  # with one, none is dropped
 
 
-def test_eq6_and_eq7_encoder_and_decoder_are_the_written_out_formulas_with_vit_blocks():
+def test_eq6_the_encoder_is_the_written_out_formula_with_vit_blocks():
     dod = awake(replace(TINY, heads=4, encoder_depth=3, decoder_depth=2))
     assert (len(dod.lem.encoder), len(dod.lem.decoder)) == (3, 2)
     assert [block.heads for block in (*dod.lem.encoder, *dod.lem.decoder)] == [2] * 5
@@ -238,9 +237,12 @@ def test_eq6_and_eq7_encoder_and_decoder_are_the_written_out_formulas_with_vit_b
     pe = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)
     assert close(lem.sincos_2d(16, 3, 5), pe)
 
+
+def test_eq7_the_decoder_is_the_written_out_formula():
     # e_s = Dec((M + PE) ⊕ L_hat), of which the patches are kept.
+    dod = awake(replace(TINY, decoder_depth=2))
     M = dod.lem.mask_token.expand(6, 16, -1)
-    x = torch.cat([M + lem.sincos_2d(8, 4, 4), l_hat], dim=1)
+    x = torch.cat([M + lem.sincos_2d(8, 4, 4), dod.lem.encode(X0)], dim=1)
     x = dod.lem.decoder(dod.lem.from_d_e(x))
     assert close(dod.lem(X0), dod.lem.head(dod.lem.decoder_norm(x))[:, :16])
 
@@ -404,10 +406,9 @@ def launch(module, *argv, ranks: int = 1) -> list:
 @pytest.fixture(scope="session")
 def vae(tmp_path_factory) -> str:
     """The folder of a tiny VAE of random weights, with a scale and a shift."""
-    diffusers = pytest.importorskip("diffusers")
     out = tmp_path_factory.mktemp("vae")
     torch.manual_seed(0)
-    diffusers.AutoencoderKL(
+    pytest.importorskip("diffusers").AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
         block_out_channels=[8, 16], norm_num_groups=4, latent_channels=4, scaling_factor=3.0,
         shift_factor=0.5,
