@@ -392,9 +392,9 @@ def work(rank: int, name: str, argv: tuple, ranks: str, port: str) -> None:
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path, monkeypatch) -> None:
     """Each test has a folder of its own, and launch() a process to fork from, with all imported."""
-    monkeypatch.chdir(tmp_path)
     forkserver.set_forkserver_preload(["test_dod"])
-    forkserver.ensure_running()
+    forkserver.ensure_running()  # once, before the first test leaves this file's folder
+    monkeypatch.chdir(tmp_path)
 
 
 def launch(module, *argv, ranks: int = 1) -> list:
