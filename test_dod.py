@@ -54,7 +54,7 @@ SET = ["--device", "cpu", "--steps", 2, "--seed", 7, "--batch-size", 4]
 EULER = Sampler("euler", 2, seed=7)  # what SET asks for
 # Threads do not help small models, and disturb each other on a busy machine.
 torch.set_num_threads(1)  # in this process
-os.environ |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}  # of processes that tests start
+os.environ |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost"}  # for those that tests start
 # A batch: data and noise (6, 3, 8, 8), classes and times (6,).
 X0, X1 = torch.randn(2, 6, 3, 8, 8, generator=torch.manual_seed(0))
 Y = torch.arange(6) % 5
@@ -79,11 +79,11 @@ def close(a, b, tolerance: float = 1e-5) -> bool:
     return torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
 
 
-# ----------------------------------------------------------------- Eqs. 1-4: the rectified flow
+# ------------------------------------------------------------- Eqs. 1-4, 11: the rectified flow
 
 
 def test_eq1_the_path_joins_data_and_noise_at_constant_velocity():
-    # The path is PyTorch's lerp; at t = 0 it is at x_0. Then the docstring's example, and guide's.
+    # PyTorch's lerp; at t = 0 it is x_0. Then the examples of two docstrings.
     assert close(flow.interpolate(X0, X1, TIMES), X0.lerp(X1, TIMES.view(6, 1, 1, 1)), 2e-6)
     assert torch.equal(flow.interpolate(X0, X1, torch.zeros(6)), X0)
     point = flow.interpolate(*torch.tensor([[2.0], [-1.0], [0.25]]))
@@ -121,6 +121,24 @@ def test_eq3_under_autocast_the_residual_stream_and_the_loss_stay_fp32():
     assert close(model.adaln(X0, 0 * scale, scale), model.layer_norm(X0) * 1.0035)
 
 
+def test_eq11_noise_logit_normal_t_and_dropped_classes_are_a_function_of_seed_and_step():
+    # What the generator drew before does not matter; seed and step do.
+    config = replace(TINY, latent_size=2, latent_channels=1)
+    draw = partial(train.draw_noise, batch_size=200_000, config=config, generator=torch.Generator())
+    draws = draw(7, 3)
+    assert all(map(torch.equal, draws, draw(7, 3)))
+    for key in ((8, 3), (7, 4), (3, 7)):
+        assert not any(map(torch.equal, draws, draw(*key)))
+
+    # Standard normal x1 and eps and Eq. 11's times, all independent. Classes drop at every t.
+    x1, eps, t, dropped = draws
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    assert close(t.double().quantile(quantiles), torch.special.ndtri(quantiles).sigmoid(), 4e-3)
+    numbers = torch.cat([x1.flatten(1), eps.flatten(1), t.logit()[:, None]], dim=1)
+    assert (numbers.T.cov() - torch.eye(9)).abs().max() < 0.04 and numbers.mean(0).norm() < 0.05
+    assert abs(dropped[t < 0.4].double().mean() - 0.1) < 0.012
+
+
 @pytest.mark.parametrize("p_s", [0, 0.25, 0.5, 0.9, 1])
 def test_section_3_3_exactly_p_s_of_a_batch_and_of_each_share_lose_their_prior(p_s):
     for n in (1, 5, 8, 63, 256):
@@ -134,8 +152,7 @@ def test_eq2_and_eq4_euler_is_exact_on_straight_paths_and_counts_its_evaluations
     # Eq. 4's times tau are uniform, from 1 down to 1 / 10, and the same for all images.
     straight = Mock(side_effect=lambda x, t, rows: (X1 - X0)[rows])
     found, nfe = flow.euler(straight, X1, 10)
-    assert close(found, X0)
-    assert nfe.tolist() == [10] * 6
+    assert close(found, X0) and nfe.tolist() == [10] * 6
     times = torch.stack([call.args[1] for call in straight.mock_calls], dim=1)
     assert close(times, torch.arange(10, 0, -1).expand(6, 10) / 10)
 
@@ -291,7 +308,7 @@ def test_eq10_modulation_is_a_shared_part_plus_a_block_s_own():
     assert close(block(x, silu_c, global_S, dod.cos, dod.sin), expected, 1e-4)
 
 
-def test_a_new_model_says_v_0_and_has_no_modulation_yet():
+def test_a_new_model_starts_at_v_0_without_modulation():
     torch.manual_seed(0)
     dod = build_model(replace(TINY, d=512, N=64, d_e=512, num_classes=500))
 
@@ -368,7 +385,7 @@ def test_the_demonstrations_run(monkeypatch, capsys):
     monkeypatch.setattr(model, "CONFIGS", {"DoD-B": CONFIGS["DoD-B"]})
     model.print_table_1()
     assert re.search(r"85.71 M(.|\n)*DoD-B .* 243.4 +62.3 +3.81\n", capsys.readouterr().out)
-    assert 1e8 < train.matmul_rate(torch.device("cpu"), bf16=False) < 1e14  # run() replaces it
+    assert 1e8 < train.matmul_rate(torch.device("cpu"), bf16=False) < 1e14  # run() patches it
 
 
 def run(module, *argv) -> int:
@@ -391,7 +408,7 @@ def work(rank: int, name: str, argv: tuple, ranks: str, port: str) -> None:
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path, monkeypatch) -> None:
-    """Each test has a folder of its own, and launch() a process to fork from, with all imported."""
+    """Runs each test in a folder of its own, and starts the process that launch() forks from."""
     forkserver.set_forkserver_preload(["test_dod"])
     forkserver.ensure_running()  # once, before the first test leaves this file's folder
     monkeypatch.chdir(tmp_path)
@@ -505,24 +522,6 @@ def test_section_4_1_one_batch_can_be_learned_by_heart():
         assert close(parameters_to_vector(ema.parameters()), expected, 1e-6)
 
 
-def test_eq11_logit_normal_times_noise_and_dropped_classes_are_a_function_of_seed_and_step():
-    # The generator's state before a step does not matter, its seed and number do.
-    config = replace(TINY, latent_size=2, latent_channels=1)
-    draw = partial(train.draw_noise, batch_size=200_000, config=config, generator=torch.Generator())
-    draws = draw(7, 3)
-    assert all(map(torch.equal, draws, draw(7, 3)))
-    for key in ((8, 3), (7, 4), (3, 7)):
-        assert not any(map(torch.equal, draws, draw(*key)))
-
-    # Standard normal x1 and eps and Eq. 11's times, all independent. Classes drop at any time.
-    x1, eps, t, dropped = draws
-    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
-    assert close(t.double().quantile(quantiles), torch.special.ndtri(quantiles).sigmoid(), 4e-3)
-    numbers = torch.cat([x1.flatten(1), eps.flatten(1), t.logit()[:, None]], dim=1)
-    assert (numbers.T.cov() - torch.eye(9)).abs().max() < 0.04 and numbers.mean(0).norm() < 0.05
-    assert abs(dropped[t < 0.4].double().mean() - 0.1) < 0.012
-
-
 def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeypatch, tmp_path):
     # A run over more than three epochs of 15 images, with all flags that concern a step.
     steps = []
@@ -563,7 +562,7 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
     torch.manual_seed(4)
     assert torch.equal(steps[0].weights, parameters_to_vector(build_model(config).parameters()))
 
-    # The held-out loss has two halves: EMA weights, fp32, the noise of step 0, no class dropped.
+    # The held-out loss, also in parts: EMA weights, fp32, the noise of step 0, no class dropped.
     saved = sample.load_checkpoint(tmp_path / "out/ckpt.pt")
     own = [n for n, _ in given.network.named_parameters() if n.startswith(("lem", "prior_mlp"))]
     assert len(saved["optimizer"]["param_groups"][1]["params"]) == len(own)
@@ -583,7 +582,7 @@ def test_each_step_of_a_run_gets_its_images_noise_times_classes_and_rate(monkeyp
 
 
 def test_a_run_stopped_or_killed_and_resumed_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    # SIGTERM comes, first to the loader's worker: step 3 is saved. No second run may write there.
+    # Workers ignore SIGTERM; the run saves step 3 and ends. No second run may write there.
     flags = [*QUICK, "--steps", "8", "--save-every", "1", "--out"]
     assert run(train, *flags, tmp_path / "whole") == 0
     out = tmp_path / "killed"
@@ -740,11 +739,10 @@ def test_a_resumed_run_is_the_run_that_was_started(trained, monkeypatch, capfd):
 
 
 def test_nodes_must_share_the_folders_of_a_run(trained, colours, vae, capfd):
-    # Another rank finds nothing where this one finds a checkpoint, or a cache.
+    # This rank alone finds a checkpoint, or no cache; the others' answers stay train.py's zeros.
     ranks = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "barrier": Mock()}
-    ranks["all_gather_object"] = list.append  # the others have answered 0
     cached = ["--data", colours / "data", "--vae", vae, "--image-size", 16, "--cache", "latents"]
-    with patch.multiple(torch.distributed, **ranks):
+    with patch.multiple(torch.distributed, all_gather_object=list.append, **ranks):
         for flags, name in (["--resume", "--out", trained], trained), (cached, "latents"):
             assert run(train, *QUICK, *flags) == 2
             assert f"the nodes do not share {name}; " in capfd.readouterr().err
@@ -772,7 +770,7 @@ def test_letters_are_a_function_of_their_number_and_held_out_ones_are_others():
 
 
 def test_images_are_cropped_as_adm_does_and_read_as_they_are_meant():
-    # guided-diffusion's center_crop_arr. The camera of the second half lay on its side.
+    # guided-diffusion's center_crop_arr. The last image's camera lay on its side.
     rng = np.random.default_rng(0)
     for size, turned in ((256, 401), False), ((521, 188), False), ((99, 60), True):
         image = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
@@ -845,7 +843,7 @@ def test_section_3_3_latents_are_posterior_samples_scaled_as_the_vae_says(vae):
     assert close(codec.encode(images, eps), expected, 1e-4)
     assert close(codec.encode(images), 3 * (posterior.mean - 0.5), 1e-4)
 
-    # They are what the held-out loss is of.
+    # The held-out loss uses them.
     given = Namespace(held_out=[(image, 0) for image in images], codec=codec, modules={"ema": dod})
     given.args = Namespace(seed=0, p_s=0.5)
     rows = flow.keeps_prior(40, 0.5).nonzero().squeeze(1)
@@ -911,9 +909,10 @@ def test_an_image_is_a_function_of_seed_and_number(monkeypatch):
     last, _ = sample.generate(dod, y[2:], prior=X0[2:5].double(), start=2, batch_size=2)
     assert all(close(a[2:], b, 1e-6) for a, b in zip(together, last, strict=True))
 
-    # A second stage of a plain FiTv2 is refused, and latents that would decode to black.
-    with pytest.raises(UserError, match="stage 1 only"):
-        sample.generate(awake(replace(TINY, N=0)), y, w=[2.0, 2.0])
+    # Refused: guidance by the only class, FiTv2's second stage, latents that would become black.
+    for config, words in ({"num_classes": 1}, "nothing to guide by"), ({"N": 0}, "stage 1 only"):
+        with pytest.raises(UserError, match=words):
+            sample.generate(awake(replace(TINY, **config)), y, w=[2.0, 2.0])
     with pytest.raises(FloatingPointError, match="not finite"):
         PIXELS.decode(torch.tensor([0.5, math.nan]).view(2, 1, 1, 1))
 
@@ -987,7 +986,7 @@ def test_the_grid_is_fair_and_a_path_leads_from_noise_to_sample(trained, tmp_pat
         expected = drawn(ckpt, [2, 0], [4.0], prior=PIXELS.encode(image))[:, :1]
         assert torch.equal(images, torch.cat([image, expected]))
 
-    # RK45 is the default (section 3.3), and ten steps are --path's.
+    # RK45 is the default (section 3.3); --path takes ten steps.
     monkeypatch.setattr(sample, "draw_samples", lambda *given: grids.append(given[-1]))
     assert run(sample, "--ckpt", ckpt, "--device", "cpu") == 0 and grids[2] == Sampler()
     assert run(sample, "--ckpt", ckpt, "--device", "cpu", "--path") == 0
@@ -1060,7 +1059,7 @@ def test_mistakes_end_in_one_line(argv, words, trained, vae, capfd):
 
 
 class NeverWaits(TorchDispatchMode):
-    """Fails where an operation makes the host wait for a GPU, or moves data between devices."""
+    """Fails where data move between devices. Fake tensors refuse .item() and the like."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -1071,7 +1070,7 @@ class NeverWaits(TorchDispatchMode):
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA traces nothing")
 def test_a_step_and_euler_s_method_never_wait_for_a_gpu(monkeypatch):
-    # Traced without a GPU, where the engine cannot run backwards, and without PyTorch's optimizer.
+    # Traced without a GPU, so without autograd's backward pass, and without the optimizer.
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     with FakeTensorMode(), torch.device("cuda"):
         dod = build_model(TINY)
@@ -1147,13 +1146,8 @@ def test_table2_the_linear_probe_is_at_the_minimum_and_blind_to_scale():
     assert found == fitted.score(x_test[:500], y[:500]) > 0.6
 
 
-def test_the_is_is_torch_fidelity_s_and_comparing_shuffles_for_it(monkeypatch):
-    library = pytest.importorskip("torch_fidelity.metric_isc")
-    logits = 3 * torch.randn(100, 12)
-    theirs = library.isc_features_to_metric(logits, splits=10, shuffle=False)
-    assert evaluate.inception_score(logits.softmax(1)) == pytest.approx((*theirs.values(),), 1e-5)
-
-    # 10,000 sure images of ten classes are worth 10; in their order, each part would have five.
+def test_comparing_shuffles_for_the_is_which_equals_torch_fidelity_s(monkeypatch):
+    # 10,000 sure images of ten classes score 10; unshuffled, each part would hold five classes.
     monkeypatch.setattr(evaluate, "precision_recall", lambda real, fake: (len(real), len(fake)))
     logits = 999 * torch.eye(10).repeat_interleave(1000, 0)
     real = evaluate.Features(torch.rand(100, 2), None, torch.rand(100, 3))
@@ -1164,6 +1158,11 @@ def test_the_is_is_torch_fidelity_s_and_comparing_shuffles_for_it(monkeypatch):
     for key, a, b in (("fid", real.pool, fake.pool), ("sfid", real.spatial, fake.spatial)):
         moments = (*evaluate.statistics(a), *evaluate.statistics(b))
         assert columns[key] == evaluate.frechet_distance(*moments)
+
+    library = pytest.importorskip("torch_fidelity.metric_isc")
+    logits = 3 * torch.randn(100, 12)
+    theirs = library.isc_features_to_metric(logits, splits=10, shuffle=False)
+    assert evaluate.inception_score(logits.softmax(1)) == pytest.approx((*theirs.values(),), 1e-5)
 
 
 @pytest.fixture
@@ -1182,7 +1181,7 @@ def rows_of(command: str, *argv) -> list[dict]:
     return json.loads(Path(f"out/{command.split()[0]}.json").read_text())["rows"]
 
 
-def test_the_classifier_is_the_same_bytes_each_time_and_kept_and_learns_under_noise(letters_ckpt):
+def test_the_classifier_is_reproducible_kept_and_trained_under_noise(letters_ckpt):
     # It is trained twice, whatever random numbers were drawn before.
     saved = sample.load_checkpoint(letters_ckpt)
     evaluate.classifier(saved, TRAINING)
@@ -1321,7 +1320,7 @@ def test_the_readme_s_commands_parse_and_the_lines_that_it_names_are_right():
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     printed = subprocess.check_output(["bash", "-c", stubs + blocks], text=True)
     commands = re.findall(r"^.*?\b(train|sample|evaluate)\.py *(.*)", printed, re.MULTILINE)
-    assert len(commands) > 12 and {name for name, _ in commands} == {"train", "sample", "evaluate"}
+    assert len(commands) > 19 and {name for name, _ in commands} == {"train", "sample", "evaluate"}
 
     # Their flags exist, and none would take a milestone's place.
     for script, flags in commands:
@@ -1370,10 +1369,11 @@ def test_table5_samples_are_compared_with_images_and_moments(monkeypatch):
     (row,) = rows_of("samples", "--ref", "ref.npz", "--samples", "fakes", "--paired")
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     fake, real = (evaluate.Features(*thin(part)) for part in (x[:9], x[9:]))
-    expected = evaluate.compare(real, fake) | evaluate.compare_pairs(x[9:], x[:9])
-    expected |= {"what": "fakes"}
+    expected = evaluate.compare(real, fake) | {"what": "fakes"}
     expected["fid"] = evaluate.frechet_distance(*mu.values(), *evaluate.statistics(fake.pool))
     expected["sfid"] = evaluate.frechet_distance(*mu_s.values(), *evaluate.statistics(fake.spatial))
+    expected["psnr"] = evaluate.psnr(x[:9], x[9:]).mean().item()
+    expected["ssim"] = evaluate.ssim(x[:9], x[9:]).mean().item()
     assert row == pytest.approx(expected)
 
     # A reference may be moments alone.
