@@ -718,10 +718,11 @@ def test_a_run_leaves_ema_weights_to_sample_from_and_a_log(trained):
     found = sample.load_checkpoint(trained / "ckpt.pt")
     assert not torch.equal(found["ema"]["W_g.weight"], found["model"]["W_g.weight"])
     group = found["optimizer"]["param_groups"][0]
-    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0)
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0)
     args = train.parse(["--model", "DoD-XL", "--vae", "any"])
-    given = (args.lr, args.lem_lr_factor, args.warmup, args.batch_size, args.ema_decay, args.p_s)
-    assert (*given, args.w, args.image_size) == (1e-4, 1, 0, 256, 0.999, 0.5, 3.5, 256)
+    given = (args.lr, args.lem_lr_factor, args.beta2, args.warmup, args.batch_size, args.ema_decay)
+    rest = (args.p_s, args.w, args.image_size)
+    assert (*given, *rest) == (1e-4, 1, 0.999, 0, 256, 0.999, 0.5, 3.5, 256)
 
 
 def test_a_resumed_run_is_the_run_that_was_started(trained, monkeypatch, capfd):
@@ -729,7 +730,7 @@ def test_a_resumed_run_is_the_run_that_was_started(trained, monkeypatch, capfd):
     monkeypatch.setattr(train, "build", lambda *given: (None, {}))
     changes = "image-size=12 channels=3 held-out=0.1 batch-size=16 lr=1 warmup=1 lem-lr-factor=0.7"
     changes += " p-s=0.25 flip seed=1 precision=bf16 ema-decay=0.5 patch-size=2 latent-tokens=4"
-    changes += " prior-from=means class-groups=2"
+    changes += " prior-from=means class-groups=2 beta2=0.9"
     for change in changes.split():
         assert run(train, *QUICK, "--out", trained, "--resume", f"--{change}") == 2, change
         assert "cannot resume" in capfd.readouterr().err, change
