@@ -65,8 +65,6 @@ def draw_noise(
     generator.manual_seed(int(state[0]))
     device = generator.device
     shape = (batch_size, config.latent_channels, config.latent_size, config.latent_size)
-
-    # Drawn for the global batch, whatever share of it this rank has: all ranks draw the same.
     x1 = torch.randn(shape, generator=generator, device=device)
     eps = torch.randn(shape, generator=generator, device=device)
     t = logit_normal(batch_size, generator, device)  # Eq. 11
@@ -604,9 +602,8 @@ def resume(path: Path, modules: dict, facts: dict) -> int:
 
 @torch.no_grad()
 def held_out_loss(run: Run) -> dict[str, float]:
-    """Eq. 3 on n held-out items, see Labelled, with noise and times of step 0 each time and no
-    class dropped: the mean, and for DoD those of the images with their prior and of those with S.
-    It rises when the model begins to overfit."""
+    """Eq. 3 on held-out images, with the noise and times of step 0 and no class dropped: the mean,
+    and for DoD those of the images with their prior and with S. Overfitting makes it rise."""
     x, y = default_collate(run.held_out)
     ema = run.modules["ema"]
     x1, eps, t, _ = draw_noise(run.args.seed, 0, len(x), ema.config, torch.Generator(ema.device))
