@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 92 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 97 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits on one machine, except for --prior-from: those
 # had no MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
+# AdamW's second beta was 0.999 in all runs but those named beta95.
 # cifar10/train is CIFAR-10 as a folder for each class.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -14,7 +15,7 @@ mkdir -p out/reports
 # train RUN STEPS FLAGS: trains a model, and keeps the weights after 2,500, 5,000, 7,500, ... steps.
 train() {
   run=$1; steps=$2; shift 2
-  python train.py --out "out/$run" --steps "$steps" --keep-every 2500 --resume "$@"
+  python train.py --out "out/$run" --steps "$steps" --keep-every 2500 --resume --beta2 0.999 "$@"
 }
 
 # report NAME RUN STEP COMMAND FLAGS: evaluates the weights of that step.
@@ -22,6 +23,25 @@ report() {
   name=$1; ckpt=$(printf "out/%s/ema-%07d.pt" "$2" "$3"); command=$4; shift 4
   python evaluate.py "$command" --ckpt "$ckpt" --out "out/reports/$name.json" "$@"
 }
+
+# The default since 2026-12-01: beta2 = 0.95, and LEM at a quarter of the rate.
+
+train K1-beta95-seed0 2500 --class-groups 1 --seed 0 --beta2 0.95 --lem-lr-factor 0.25
+report groups1-beta95-0-2500 K1-beta95-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1
+
+train K1-beta95-seed1 2500 --class-groups 1 --seed 1 --beta2 0.95 --lem-lr-factor 0.25
+report groups1-beta95-1-2500 K1-beta95-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1
+
+train K10-beta95-seed1 2500 --class-groups 10 --seed 1 --beta2 0.95 --lem-lr-factor 0.25
+report groups10-beta95-1-2500 K10-beta95-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+
+train K10-beta95-seed2 2500 --class-groups 10 --seed 2 --beta2 0.95 --lem-lr-factor 0.25
+report groups10-beta95-2-2500 K10-beta95-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+
+train K10-fitv2-beta95-seed0 2500 --model FiTv2-Ti --class-groups 10 --seed 0 --beta2 0.95
+report groups10-fitv2-beta95-0-2500 K10-fitv2-beta95-seed0 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
+
+# What came before.
 
 train K1-quarter-n1-seed1 10000 --class-groups 1 --seed 1 --lem-lr-factor 0.25 --latent-tokens 1
 report groups1-quarter-n1-1-10000 K1-quarter-n1-seed1 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
