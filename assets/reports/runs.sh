@@ -485,6 +485,7 @@ train cifar-K10-fitv2-seed0 10000 --model FiTv2-Ti --class-groups 10 --seed 0 --
 report cifar-groups10-fitv2-0-10000 cifar-K10-fitv2-seed0 10000 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 report cifar-groups10-fitv2-0-2500 cifar-K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 
-# Of these two only the logs are used.
+# Of these only the logs are used.
+train K10-half-beta95-seed0 2500 --class-groups 10 --seed 0 --beta2 0.95 --lem-lr-factor 0.5
 train K1-eighth-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.125
 train K1-same-lr0.001-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 1 --lr 0.001
