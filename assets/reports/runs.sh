@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 100 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 103 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits on one machine, except for --prior-from: those
 # had no MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -29,7 +29,8 @@ report() {
 train K1-beta95-seed0 2500 --class-groups 1 --seed 0 --beta2 0.95 --lem-lr-factor 0.25
 report groups1-beta95-0-2500 K1-beta95-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1
 
-train K1-beta95-seed1 2500 --class-groups 1 --seed 1 --beta2 0.95 --lem-lr-factor 0.25
+train K1-beta95-seed1 10000 --class-groups 1 --seed 1 --beta2 0.95 --lem-lr-factor 0.25
+report groups1-beta95-1-10000 K1-beta95-seed1 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1
 report groups1-beta95-1-2500 K1-beta95-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1
 
 train K1-beta95-seed2 2500 --class-groups 1 --seed 2 --beta2 0.95 --lem-lr-factor 0.25
@@ -38,11 +39,15 @@ report groups1-beta95-2-2500 K1-beta95-seed2 2500 stages --stages 2 --cfg 1 1.5 
 train K1-fitv2-beta95-seed1 2500 --model FiTv2-Ti --class-groups 1 --seed 1 --beta2 0.95
 report groups1-fitv2-beta95-1-2500 K1-fitv2-beta95-seed1 2500 stages --cfg-stage1  --steps 40
 
+train K1-same-beta95-seed1 2500 --class-groups 1 --seed 1 --beta2 0.95 --lem-lr-factor 1
+report groups1-same-beta95-1-2500 K1-same-beta95-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1
+
 train K10-beta95-seed0 10000 --class-groups 10 --seed 0 --beta2 0.95 --lem-lr-factor 0.25
 report groups10-beta95-0-10000 K10-beta95-seed0 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 report groups10-beta95-0-10000-wide K10-beta95-seed0 10000 stages --stages 2 --cfg 2.5 --cfg-stage1 1.25 1.75
 report groups10-beta95-0-2500 K10-beta95-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 report groups10-beta95-0-5000 K10-beta95-seed0 5000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+report probe-beta95-0-10000 K10-beta95-seed0 10000 probe
 
 train K10-beta95-seed1 2500 --class-groups 10 --seed 1 --beta2 0.95 --lem-lr-factor 0.25
 report groups10-beta95-1-2500 K10-beta95-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
@@ -54,6 +59,9 @@ train K10-fitv2-beta95-seed0 10000 --model FiTv2-Ti --class-groups 10 --seed 0 -
 report groups10-fitv2-beta95-0-10000 K10-fitv2-beta95-seed0 10000 stages --cfg-stage1 1.5 2 3 4 --steps 40
 report groups10-fitv2-beta95-0-10000-wide K10-fitv2-beta95-seed0 10000 stages --cfg-stage1 1.25 1.75 --steps 40
 report groups10-fitv2-beta95-0-2500 K10-fitv2-beta95-seed0 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
+
+train K10-same-beta95-seed0 2500 --class-groups 10 --seed 0 --beta2 0.95 --lem-lr-factor 1
+report groups10-same-beta95-0-2500 K10-same-beta95-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 
 # What came before.
 
