@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 103 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 104 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits on one machine, except for --prior-from: those
 # had no MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -495,5 +495,6 @@ report cifar-groups10-fitv2-0-2500 cifar-K10-fitv2-seed0 2500 stages --cfg-stage
 
 # Of these only the logs are used.
 train K10-half-beta95-seed0 2500 --class-groups 10 --seed 0 --beta2 0.95 --lem-lr-factor 0.5
+train cifar-K1-beta95-seed0 2500 --class-groups 1 --seed 0 --beta2 0.95 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
 train K1-eighth-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.125
 train K1-same-lr0.001-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 1 --lr 0.001
