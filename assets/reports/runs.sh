@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command that made a report of this folder, runnable from the root of the repository:
 #     bash assets/reports/runs.sh
-# It trains 104 models and takes days on two cores. Reports go to out/reports, not over those here.
+# It trains 105 models and takes days on two cores. Reports go to out/reports, not over those here.
 # A report names the commit that made it; those without one are from 64e919d or before. Their runs had one
 # rate for all, --lem-lr-factor 1 today, which gives the same bits on one machine, except for --prior-from: those
 # had no MLP. Lines that begin with a commit need its --interval or --guide-on, which have been removed since.
@@ -31,12 +31,14 @@ report groups1-beta95-0-2500 K1-beta95-seed0 2500 stages --stages 2 --cfg 1 1.5 
 
 train K1-beta95-seed1 10000 --class-groups 1 --seed 1 --beta2 0.95 --lem-lr-factor 0.25
 report groups1-beta95-1-10000 K1-beta95-seed1 10000 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1
+report groups1-beta95-1-10000-wide K1-beta95-seed1 10000 stages --stages 2 --cfg 8 11 16 22 --cfg-stage1
 report groups1-beta95-1-2500 K1-beta95-seed1 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1
 
 train K1-beta95-seed2 2500 --class-groups 1 --seed 2 --beta2 0.95 --lem-lr-factor 0.25
 report groups1-beta95-2-2500 K1-beta95-seed2 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1
 
-train K1-fitv2-beta95-seed1 2500 --model FiTv2-Ti --class-groups 1 --seed 1 --beta2 0.95
+train K1-fitv2-beta95-seed1 10000 --model FiTv2-Ti --class-groups 1 --seed 1 --beta2 0.95
+report groups1-fitv2-beta95-1-10000 K1-fitv2-beta95-seed1 10000 stages --cfg-stage1  --steps 40
 report groups1-fitv2-beta95-1-2500 K1-fitv2-beta95-seed1 2500 stages --cfg-stage1  --steps 40
 
 train K1-same-beta95-seed1 2500 --class-groups 1 --seed 1 --beta2 0.95 --lem-lr-factor 1
@@ -62,6 +64,9 @@ report groups10-fitv2-beta95-0-2500 K10-fitv2-beta95-seed0 2500 stages --cfg-sta
 
 train K10-same-beta95-seed0 2500 --class-groups 10 --seed 0 --beta2 0.95 --lem-lr-factor 1
 report groups10-same-beta95-0-2500 K10-same-beta95-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+
+train K2-beta95-seed0 2500 --class-groups 2 --seed 0 --beta2 0.95 --lem-lr-factor 0.25
+report groups2-beta95-0-2500 K2-beta95-seed0 2500 stages --stages 2 --cfg 1 2 3 4 --cfg-stage1 2 3 4 6
 
 # What came before.
 
