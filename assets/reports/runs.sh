@@ -62,6 +62,9 @@ report groups10-fitv2-beta95-0-10000 K10-fitv2-beta95-seed0 10000 stages --cfg-s
 report groups10-fitv2-beta95-0-10000-wide K10-fitv2-beta95-seed0 10000 stages --cfg-stage1 1.25 1.75 --steps 40
 report groups10-fitv2-beta95-0-2500 K10-fitv2-beta95-seed0 2500 stages --cfg-stage1 1.5 2 3 4 --steps 40
 
+train K10-half-beta95-seed0 2500 --class-groups 10 --seed 0 --beta2 0.95 --lem-lr-factor 0.5
+report groups10-half-beta95-0-2500 K10-half-beta95-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
+
 train K10-same-beta95-seed0 2500 --class-groups 10 --seed 0 --beta2 0.95 --lem-lr-factor 1
 report groups10-same-beta95-0-2500 K10-same-beta95-seed0 2500 stages --stages 2 --cfg 1 1.5 2 3 4 6 --cfg-stage1 1.5 2 3 4
 
@@ -499,7 +502,6 @@ report cifar-groups10-fitv2-0-10000 cifar-K10-fitv2-seed0 10000 stages --cfg-sta
 report cifar-groups10-fitv2-0-2500 cifar-K10-fitv2-seed0 2500 stages --cfg-stage1 1.5 2 3 4 6 --steps 40
 
 # Of these only the logs are used.
-train K10-half-beta95-seed0 2500 --class-groups 10 --seed 0 --beta2 0.95 --lem-lr-factor 0.5
 train cifar-K1-beta95-seed0 2500 --class-groups 1 --seed 0 --beta2 0.95 --lem-lr-factor 0.25 --data cifar10/train --image-size 16 --patch-size 4
 train K1-eighth-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 0.125
 train K1-same-lr0.001-seed1 2500 --class-groups 1 --seed 1 --lem-lr-factor 1 --lr 0.001
