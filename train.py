@@ -215,7 +215,7 @@ def after_interval(
         record["loss_S"] = sum_S * ranks / number_S
     record |= {"grad_norm": norm, "lr": run.modules["optimizer"].param_groups[0]["lr"]}
 
-    # Rank 0's share of time spent waiting for images; FLOP/s, as a share of a matrix product's.
+    # The share of its time that rank 0 waited for images; FLOP/s as a share of a matrix product's.
     rate = matmul_rate(args.device, args.precision == "bf16")
     images_per_s = len(results) * args.batch_size / seconds
     flops = images_per_s * training_flops(run.modules["ema"].config, args.p_s)  # in a second
@@ -510,8 +510,8 @@ def encode_cache(file: Path, args: argparse.Namespace, codec: Codec, settings: d
     shape = (2, 2, channels, side, side)
     share = range(len(images) * rank // ranks, len(images) * (rank + 1) // ranks)
 
-    # Rank 0 writes what tells one cache from another, and an empty file for the latents. (Through
-    # memory maps, two nodes would undo each other's part of a page.)
+    # Rank 0 writes what tells one cache from another, and an empty file for the latents. (In a
+    # memory map, two nodes would undo each other's part of a page.)
     path = file.with_name(f".dod0-{file.name}")  # the name that replacing() gives rank 0
     with replacing(file) if rank == 0 else nullcontext():
         if rank == 0:
@@ -711,7 +711,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", type=natural, help="images in a step, of all ranks together")
     add("--lr", type=bounded(float, 0), help="AdamW's constant learning rate")
     add("--lem-lr-factor", type=bounded(float, 0), help="rate of LEM and its MLP, relative to --lr")
-    add("--beta2", type=bounded(float, 0, 0.999999), help="AdamW's; -Ti: 0.95, others: 0.999")
+    add("--beta2", type=bounded(float, 0, 0.999999), help="AdamW's second beta")
     add("--warmup", type=count, help="steps over which the rate grows at first")
     add("--ema-decay", type=share, default=0.999, help="decay of the averaged weights")
     add("--p-s", type=share, default=0.5, help="share of a batch that gets S for a prior, Table 3")
